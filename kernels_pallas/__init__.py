@@ -1,0 +1,1 @@
+"""Attention kernels over selected keys: arrays in, `Partial` out."""
