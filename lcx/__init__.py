@@ -1,0 +1,1 @@
+"""lcx: long-context inference in JAX, one composition of parts a method."""
