@@ -1,0 +1,1 @@
+"""One decoder-only transformer, its presets, and import of real models."""
