@@ -3,7 +3,11 @@
 import dataclasses
 
 import jax
-from jaxtyping import Array, Float, Num
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, Num
+
+# Start of an unused page or slot: later than any query, so never visible.
+NEVER = 2**30
 
 
 @jax.tree_util.register_dataclass
@@ -46,3 +50,45 @@ class Pages:
   @property
   def head_dim(self) -> int:
     return self.k.shape[2] * (2 if self.bits == 4 else 1)
+
+  def read(
+    self, ids: Int32[Array, '*N'], dtype
+  ) -> tuple[Float[Array, '*N page H'], Float[Array, '*N page H']]:
+    """The keys and values of some pages, dequantised to `dtype`."""
+    p = jax.tree.map(lambda pool: pool[ids], self)
+    return (
+      dequantise(p.k, p.k_scale, p.k_zero, dtype),
+      dequantise(p.v, p.v_scale, p.v_zero, dtype),
+    )
+
+  def tokens(self, rows: Int32[Array, '*N']) -> 'Pages':
+    """The tokens page * page_size + slot, with leading axes *N.
+
+    The result's leaves are [*N H] and [*N]: `tokens(rows).read(())`, a read of
+    no further index, dequantises them.
+    """
+
+    def take(pool):
+      return pool.reshape(-1, *pool.shape[2:])[rows]
+
+    return jax.tree.map(take, self)
+
+
+def dequantise(codes, scale, zero, dtype) -> Float[Array, '... H']:
+  """Codes [... H] (or packed [... H/2]) -> (codes - zero) * scale.
+
+  Args:
+    codes: as in `Pages`: floating point, int8, or packed uint8.
+    scale: [...] float32, or None for floating point codes.
+    zero: [...] float32 for packed 4-bit codes, or None.
+    dtype: of the result.
+  """
+  if scale is None:
+    return codes.astype(dtype)
+  if zero is None:
+    x = codes.astype(jnp.float32)
+  else:
+    pair = jnp.stack([codes & 15, codes >> 4], axis=-1)
+    x = pair.reshape(*codes.shape[:-1], -1).astype(jnp.float32)
+    x = x - zero[..., None]
+  return (x * scale[..., None]).astype(dtype)

@@ -18,9 +18,6 @@ from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
 Rope = Callable[[Float[Array, 'B T h H'], Int32[Array, 'B T']], Array]
 
-# Positions of padding and of unused slots: later than any query.
-NEVER = 2**30
-
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:

@@ -1,0 +1,6 @@
+"""The engine: prefill, decode, sampling over any method."""
+
+from lcx.engine.engine import Engine, Generation, Session
+from lcx.engine.sampling import Sampling, make_sampling
+
+__all__ = ['Engine', 'Generation', 'Sampling', 'Session', 'make_sampling']

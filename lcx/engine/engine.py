@@ -1,0 +1,526 @@
+"""Prefill, question, decode, rewind: one method over a batch of rows."""
+
+import dataclasses
+import functools
+import time
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lcx import sharding
+from lcx.cache import CacheShape
+from lcx.engine import steps
+from lcx.engine.buckets import bucket
+from lcx.engine.sampling import Sampling, make_sampling
+from lcx.methods.base import Layout, Method, Prompt
+from lcx.models.config import ModelConfig
+from lcx.models.transformer import Weights, weight_specs
+
+Protocol = Literal['whole', 'context_first']
+DECODE_ROOM = 64  # tokens chosen a dispatch, at most
+
+
+@dataclasses.dataclass
+class Session:
+  """Rows whose prompt has been read; its caches are donated at every call.
+
+  Attributes:
+    caches: one a layer.
+    states: one a layer.
+    lengths: int32 [B] tokens in the cache.
+    scores: float32 [B V] logits of the next token.
+    prompt_lengths: int [B] of what the prefill read.
+    sums: what attention did since the prefill, by name, float [B].
+    prefill_sums: the same of the prefill.
+  """
+
+  caches: tuple
+  states: tuple
+  lengths: jax.Array
+  scores: jax.Array
+  prompt_lengths: np.ndarray
+  sums: dict[str, np.ndarray]
+  prefill_sums: dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+  """One answer and what it cost.
+
+  `density` is keys attended over keys that dense attention attends: the smaller
+  of prefill's and decode's, since a method may make only one of them sparse.
+  """
+
+  tokens: list[int]
+  status: str
+  prompt_tokens: int
+  prefill_ms: float
+  decode_ms_per_token: float
+  keys_attended: float
+  density: float
+  prefill_density: float
+  decode_density: float
+  kv_bytes: int
+  host_bytes: int
+  peak_bytes: int | None
+  compilations: int
+  compile_s: float
+  counters: dict[str, float]
+
+
+class Engine:
+  """Runs one method on one model; holds programs, never requests.
+
+  Args:
+    config: the model.
+    weights: its arrays; spread over the mesh here.
+    method: what attends.
+    capacity: tokens that a row may reach, answer included.
+    batch: rows.
+    mesh: with axes ("data", "seq", "model"); None: one device.
+    room: of `capacity`, tokens that come after the prompt (they live on the
+      last sequence shard).
+    trace: sums keys attended; off, results say 0.
+
+  Raises:
+    ValueError: a part refuses the model or the capacity, or the mesh does not
+      divide batch, heads or pages.
+  """
+
+  def __init__(
+    self,
+    config: ModelConfig,
+    weights: Weights,
+    method: Method,
+    *,
+    capacity: int,
+    batch: int = 1,
+    mesh: jax.sharding.Mesh | None = None,
+    room: int = 256,
+    trace: bool = True,
+  ):
+    mesh = mesh if mesh is not None else sharding.make_mesh()
+    if batch % mesh.shape['data']:
+      raise ValueError(
+        f'mesh axis data={mesh.shape["data"]} must divide {batch=}'
+      )
+    for part in (method.prefill, method.decode):
+      part.check(config, capacity)
+    self.config, self.method, self.mesh = config, method, mesh
+    self.batch, self.capacity, self.room = batch, capacity, room
+    self.plan = steps.Plan(config, method, mesh, trace)
+    specs = weight_specs(config, mesh)
+    self.weights = jax.device_put(weights, sharding.named(mesh, specs))
+    self.compilations, self.compile_s = 0, 0.0
+    self._programs: dict[Any, Any] = {}
+
+  # Programs.
+
+  def _call(self, name: str, function, *args, donate=(), **static):
+    """Calls a program, compiled ahead so that its time is known apart."""
+    shapes = jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), args)
+    leaves, tree = jax.tree.flatten(shapes)
+    key = (name, tuple(leaves), tree, tuple(sorted(static)))
+    if key not in self._programs:
+      start = time.perf_counter()
+      jitted = jax.jit(
+        functools.partial(function, plan=self.plan, **static),
+        donate_argnums=donate,
+      )
+      self._programs[key] = jitted.lower(*args).compile()
+      self.compile_s += time.perf_counter() - start
+      self.compilations += 1
+    return self._programs[key](*args)
+
+  def _rows(self, x, *spec):
+    """An array with leading rows, placed on the mesh."""
+    spec = jax.sharding.PartitionSpec('data', *spec)
+    return jax.device_put(x, jax.sharding.NamedSharding(self.mesh, spec))
+
+  def _scalar(self, value: int):
+    return jax.device_put(
+      jnp.int32(value),
+      jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec()),
+    )
+
+  def _empty(self) -> tuple[tuple, tuple]:
+    """Caches and states of all layers, made where they live."""
+    mesh = self.mesh.shape
+    local = -(-(self.capacity - self.room) // mesh['seq']) + self.room
+    local = local if mesh['seq'] > 1 else self.capacity
+    shape = CacheShape(
+      batch=self.batch // mesh['data'],
+      n_kv_heads=self.config.n_kv_heads // mesh['model'],
+      head_dim=self.config.head_dim,
+      capacity=local,
+      dtype=self.config.dtype,
+    )
+
+    def make(layer):
+      cache = self.method.cache.init(dataclasses.replace(shape, layer=layer))
+      return cache, self.method.decode.init_state(shape)
+
+    specs = (self.plan.cache_specs(), self.plan.state_specs())
+    made = [
+      jax.jit(self.plan.sharded(functools.partial(make, i), (), specs))()
+      for i in range(self.config.n_layers)
+    ]
+    return tuple(c for c, _ in made), tuple(s for _, s in made)
+
+  # Requests.
+
+  def prefill(
+    self, prompts: list[Prompt], question: int | None = None
+  ) -> Session:
+    """Reads prompts, whole with one question each, or their contexts alone.
+
+    Args:
+      prompts: 1 to `batch`; rows without one repeat the last.
+      question: index of the question to read with the context; None: none.
+
+    Raises:
+      ValueError: a prompt that does not fit into the capacity.
+    """
+    if not 1 <= len(prompts) <= self.batch:
+      raise ValueError(f'{len(prompts)} prompts do not fit {self.batch} rows')
+    prompts = prompts + prompts[-1:] * (self.batch - len(prompts))
+    layouts = [self.method.prefill.layout(p, question) for p in prompts]
+    totals = [int(np.max(lay.source)) + 1 for lay in layouts]
+    if max(totals) > self.capacity:
+      raise ValueError(
+        f'a prompt of {max(totals)} tokens exceeds the cache of '
+        f'{self.capacity}: raise the capacity or shorten the context'
+      )
+    hosts = max(self.method.prefill.hosts, self.mesh.shape['seq'])
+    length = bucket(max(len(lay.tokens) for lay in layouts), 128 * hosts)
+    rows = [_padded(lay, length) for lay in layouts]
+    tokens, positions, source, valid = (
+      np.stack([getattr(r, f) for r in rows]) for f in Layout._fields
+    )
+    last = np.array(
+      [int(np.argmax(s == n - 1)) for s, n in zip(source, totals, strict=True)],
+      np.int32,
+    )
+    lengths = self._rows(np.array(totals, np.int32))
+    positions = self._rows(positions, 'seq')
+    valid = self._rows(valid, 'seq')
+    caches, states = self._empty()
+    x = self._call(
+      'embed',
+      steps.embed_tokens,
+      self.weights.embed,
+      self._rows(tokens, 'seq'),
+    )
+    caches, states, sums = list(caches), list(states), []
+    for i, layer in enumerate(self.weights.layers):
+      x, caches[i], states[i], more = self._call(
+        'prefill',
+        steps.prefill_layer,
+        layer,
+        x,
+        caches[i],
+        states[i],
+        positions,
+        valid,
+        lengths,
+        self._scalar(i),
+        self._scalar(0),
+        donate=(1, 2, 3),
+      )
+      sums.append(more)
+    for i in range(len(caches)):
+      states[i] = self._call('start', steps.start_layer, caches[i], states[i])
+    scores = self._call(
+      'logits', steps.last_logits, self.weights, x, self._rows(last)
+    )
+    sums = jax.tree.map(lambda *s: np.sum([np.asarray(a) for a in s], 0), *sums)
+    zeros = jax.tree.map(np.zeros_like, sums)
+    return Session(
+      tuple(caches),
+      tuple(states),
+      lengths,
+      scores,
+      np.array(totals),
+      zeros,
+      sums,
+    )
+
+  def extend(self, session: Session, tokens: list[np.ndarray]) -> None:
+    """Feeds more tokens a row through the decode path, in pieces.
+
+    Raises:
+      ValueError: they do not fit into the capacity.
+    """
+    tokens = tokens + tokens[-1:] * (self.batch - len(tokens))
+    longest = max(len(t) for t in tokens)
+    after = np.asarray(session.lengths) + np.array([len(t) for t in tokens])
+    if np.max(after) > self.capacity:
+      raise ValueError(
+        f'{np.max(after)} tokens exceed the cache of {self.capacity}'
+      )
+    piece = self.method.decode.max_queries
+    for first in range(0, longest, piece):
+      part = np.zeros((self.batch, piece), np.int32)
+      count = np.zeros((self.batch,), np.int32)
+      for row, t in enumerate(tokens):
+        t = t[first : first + piece]
+        part[row, : len(t)] = t
+        count[row] = len(t)
+      fed = self._rows(count)
+      scores, session.caches, session.states, sums = self._call(
+        'few',
+        steps.few_tokens,
+        self.weights,
+        session.caches,
+        session.states,
+        self._rows(part),
+        session.lengths,
+        fed,
+        self._scalar(first),
+        donate=(1, 2),
+      )
+      session.scores = self._rows(
+        jnp.where(fed[:, None] > 0, scores, session.scores)
+      )
+      session.lengths = self._rows(session.lengths + fed)
+      _add(session, sums)
+
+  def decode(
+    self, session: Session, n: int, sampling: Sampling | None = None
+  ) -> tuple[list[list[int]], list[str]]:
+    """Chooses and feeds up to n tokens a row.
+
+    Returns:
+      Tokens of each row (the stop token included, where one came) and a status
+      of each row: 'ok', 'nan' (logits were not finite) or 'out_of_pages'.
+    """
+    sampling = sampling or make_sampling(self.batch)
+    if int(np.max(np.asarray(session.lengths))) + n > self.capacity:
+      raise ValueError(
+        f'{n} more tokens after {int(np.max(np.asarray(session.lengths)))} '
+        f'exceed the cache of {self.capacity}: raise the capacity'
+      )
+    sampling = jax.tree.map(self._rows, sampling)
+    done = self._rows(np.zeros(self.batch, bool))
+    tokens: list[list[int]] = [[] for _ in range(self.batch)]
+    finite = np.ones(self.batch, bool)
+    for first in range(0, n, DECODE_ROOM):
+      out = self._call(
+        'decode',
+        functools.partial(steps.decode_loop, room=DECODE_ROOM),
+        self.weights,
+        session.caches,
+        session.states,
+        session.scores,
+        session.lengths,
+        done,
+        sampling,
+        self._scalar(min(DECODE_ROOM, n - first)),
+        donate=(1, 2, 3, 4),
+      )
+      chosen, session.scores, session.caches, session.states = out[:4]
+      session.lengths, done, ok, sums = out[4:]
+      session.lengths, done = self._rows(session.lengths), self._rows(done)
+      session.scores = self._rows(session.scores)
+      _add(session, sums)
+      finite &= np.asarray(ok)
+      for row, line in zip(tokens, np.asarray(chosen), strict=True):
+        row.extend(int(t) for t in line if t >= 0)
+      if np.all(np.asarray(done)):
+        break
+    full = self._out_of_pages(session)
+    return tokens, [
+      'nan' if not finite[b] else 'out_of_pages' if full[b] else 'ok'
+      for b in range(self.batch)
+    ]
+
+  def mark(self, session: Session) -> Session:
+    """A copy of all but the caches, to which `rewind` returns."""
+    copy = functools.partial(jax.tree.map, jnp.copy)
+    return Session(
+      (),
+      copy(session.states),
+      jnp.copy(session.lengths),
+      jnp.copy(session.scores),
+      session.prompt_lengths,
+      {k: v.copy() for k, v in session.sums.items()},
+      session.prefill_sums,
+    )
+
+  def rewind(self, session: Session, mark: Session) -> None:
+    """Drops what came after the mark: several questions a context."""
+    specs = self.plan.cache_specs()
+    rows = jax.sharding.PartitionSpec('data')
+
+    def truncate(caches, lengths, *, plan):
+      cut = plan.sharded(lambda c, n: c.truncate(n), (specs, rows), specs)
+      return tuple(cut(c, lengths) for c in caches)
+
+    session.caches = self._call(
+      'rewind', truncate, session.caches, mark.lengths, donate=(0,)
+    )
+    fresh = self.mark(mark)
+    session.states, session.lengths = fresh.states, fresh.lengths
+    session.scores, session.sums = fresh.scores, fresh.sums
+
+  def generate(
+    self,
+    prompts: list[Prompt],
+    max_new_tokens: int,
+    stop_ids: tuple[int, ...] = (),
+    *,
+    sampling: Sampling | None = None,
+    protocol: Protocol = 'whole',
+  ) -> list[list[Generation]]:
+    """Answers every question of every prompt.
+
+    Args:
+      prompts: 1 to `batch`, with equally many questions each.
+      max_new_tokens: of each answer.
+      stop_ids: tokens that end an answer, where `sampling` is not given.
+      sampling: how rows choose; greedy by default.
+      protocol: 'whole': context and question are read together, once a
+        question. 'context_first': the context is read (compressed, indexed)
+        before any question is seen; questions go through the decode path.
+
+    Returns:
+      A list per prompt of one `Generation` a question.
+    """
+    counts = {len(p.questions) for p in prompts}
+    if len(counts) != 1 or 0 in counts:
+      raise ValueError('prompts must have equally many questions, at least one')
+    sampling = sampling or make_sampling(self.batch, stop=tuple(stop_ids))
+    answers: list[list[Generation]] = [[] for _ in prompts]
+    session = mark = None
+    read_ms = 0.0
+    for i in range(counts.pop()):
+      meter = _Meter(self)
+      if protocol == 'whole':
+        session = self.prefill(prompts, i)
+        read_ms = meter.lap(session.scores)
+      elif protocol == 'context_first':
+        if session is None:
+          session = self.prefill(prompts)
+          mark = self.mark(session)
+          read_ms = meter.lap(session.scores)
+        else:
+          self.rewind(session, mark)
+        self.extend(session, [p.question(i) for p in prompts])
+        meter.lap(session.scores)
+      else:
+        raise ValueError(f"{protocol=} must be 'whole' or 'context_first'")
+      lengths = np.asarray(session.lengths)
+      tokens, status = self.decode(session, max_new_tokens, sampling)
+      spent = meter.lap(session.scores)
+      steps_done = max(1, max(len(t) for t in tokens))
+      for row in range(len(prompts)):
+        answers[row].append(
+          self._generation(
+            session,
+            row,
+            tokens[row],
+            status[row],
+            int(lengths[row]),
+            read_ms,
+            spent / steps_done,
+            meter,
+          )
+        )
+    return answers
+
+  def _generation(
+    self, session, row, tokens, status, length, prefill_ms, token_ms, meter
+  ) -> Generation:
+    read, spent = session.prefill_sums, session.sums
+
+    def density(sums):
+      pairs = float(sums['pairs'][row]) if 'pairs' in sums else 0.0
+      return float(sums['keys'][row]) / pairs if pairs else 1.0
+
+    keys = float(spent['keys'][row]) if 'keys' in spent else 0.0
+    queries = np.asarray(session.lengths)[row] - session.prompt_lengths[row]
+    per = self.config.n_layers * self.config.n_heads * max(1, int(queries))
+    tiers = {'device': 0, 'host': 0}
+    for cache in session.caches:
+      for tier, size in cache.nbytes().items():
+        tiers[tier] = tiers.get(tier, 0) + size
+    stats = jax.devices()[0].memory_stats() or {}
+    skip = {'keys', 'pairs', 'mass'}
+    return Generation(
+      tokens=tokens,
+      status=status,
+      prompt_tokens=length,
+      prefill_ms=prefill_ms,
+      decode_ms_per_token=token_ms,
+      keys_attended=keys / per,
+      density=min(density(read), density(spent)),
+      prefill_density=density(read),
+      decode_density=density(spent),
+      kv_bytes=tiers['device'],
+      host_bytes=tiers['host'],
+      peak_bytes=stats.get('peak_bytes_in_use'),
+      compilations=meter.compilations,
+      compile_s=meter.compile_s,
+      counters={k: float(v[row]) for k, v in spent.items() if k not in skip},
+    )
+
+  def _out_of_pages(self, session: Session) -> np.ndarray:
+    full = np.zeros(self.batch, bool)
+    for cache in session.caches:
+      status = getattr(cache, 'status', None)
+      if status is not None:
+        full |= np.asarray(status).reshape(self.batch, -1).any(axis=1)
+    return full
+
+
+class _Meter:
+  """Wall time in milliseconds, compilation taken out and counted apart."""
+
+  def __init__(self, engine: Engine):
+    self._engine = engine
+    self._programs = engine.compilations
+    self._compile = engine.compile_s
+    self._reset()
+
+  def _reset(self):
+    self._start = time.perf_counter()
+    self._before = self._engine.compile_s
+
+  def lap(self, ready: Any) -> float:
+    jax.block_until_ready(ready)
+    wall = time.perf_counter() - self._start
+    wall -= self._engine.compile_s - self._before
+    self._reset()
+    return 1e3 * wall
+
+  @property
+  def compilations(self) -> int:
+    return self._engine.compilations - self._programs
+
+  @property
+  def compile_s(self) -> float:
+    return self._engine.compile_s - self._compile
+
+
+def _padded(layout: Layout, length: int) -> Layout:
+  """A row padded to the bucket; padding continues the positions."""
+  more = length - len(layout.tokens)
+  last = int(layout.positions[-1]) + 1
+  return Layout(
+    np.pad(layout.tokens, (0, more)),
+    np.concatenate(
+      [
+        layout.positions,
+        np.arange(last, last + more, dtype=np.int32),
+      ]
+    ),
+    np.pad(layout.source, (0, more), constant_values=-1),
+    np.pad(layout.valid, (0, more)),
+  )
+
+
+def _add(session: Session, sums: dict[str, Any]) -> None:
+  for name, value in sums.items():
+    session.sums[name] = session.sums.get(name, 0.0) + np.asarray(value)

@@ -1,0 +1,337 @@
+"""The pure programs of the engine: one layer of prefill, a few tokens, a loop.
+
+`attend` and `observe` run inside one `shard_map` over the whole mesh;
+projections and feed-forward stay outside, where the compiler places the
+collectives that the weights' sharding asks for.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int32
+
+from lcx.engine.sampling import Sampling, sample, stops
+from lcx.methods.base import Axes, Context, Method, Trace
+from lcx.models.config import ModelConfig
+from lcx.models.transformer import (
+  Weights,
+  attention_inputs,
+  embed,
+  layer_output,
+  logits,
+  make_rope,
+)
+
+AXES = Axes()
+_ROWS = P(AXES.data)
+_PROMPT = P(AXES.data, AXES.seq)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What a program is specialised to (static, hashable).
+
+  Attributes:
+    config: the model.
+    method: the composition.
+    mesh: with axes ("data", "seq", "model").
+    trace: sums what attention did into the results.
+    chunk: positions of feed-forward done at a time in prefill.
+  """
+
+  config: ModelConfig
+  method: Method
+  mesh: jax.sharding.Mesh
+  trace: bool = True
+  chunk: int = 4096
+
+  def cache_specs(self):
+    return self.method.cache.specs()
+
+  def state_specs(self):
+    return self.method.decode.state_specs(AXES)
+
+  def place(self, x, *spec):
+    """Pins an array's sharding, so that programs fit one another."""
+    return jax.lax.with_sharding_constraint(
+      x, NamedSharding(self.mesh, P(*spec))
+    )
+
+  def context(self, **arrays) -> Context:
+    return Context(
+      **arrays,
+      n_layers=self.config.n_layers,
+      sliding_window=self.config.sliding_window,
+      trace=self.trace,
+      axes=AXES,
+    )
+
+  def sharded(self, function, in_specs, out_specs):
+    # check_vma: pallas_call cannot name the axes its outputs vary over.
+    return jax.shard_map(
+      function,
+      mesh=self.mesh,
+      in_specs=in_specs,
+      out_specs=out_specs,
+      check_vma=False,
+    )
+
+
+def _sums(trace: Trace | None) -> dict[str, Float[Array, 'B']]:
+  """A trace's sums over all shards, by name; {} where nothing was traced."""
+  if trace is None:
+    return {}
+  sums = {'keys': trace.keys, 'pairs': trace.pairs, **trace.counters}
+  if trace.mass is not None:
+    sums['mass'] = trace.mass
+  return jax.lax.psum(sums, (AXES.seq, AXES.model))
+
+
+def prefill_layer(
+  layer_weights: Any,
+  x: Float[Array, 'B T D'],
+  cache: Any,
+  state: Any,
+  positions: Int32[Array, 'B T'],
+  valid: Bool[Array, 'B T'],
+  lengths: Int32[Array, 'B'],
+  layer: Int32[Array, ''],
+  seed: Int32[Array, ''],
+  *,
+  plan: Plan,
+):
+  """One layer over the whole prompt; compiled once for all layers.
+
+  Returns:
+    (x, cache, state, sums of the trace by name [B]).
+  """
+  rope = make_rope(plan.config)
+  method = plan.method
+
+  def attend(q, k, v, cache, state, positions, valid, lengths, layer, seed):
+    ctx = plan.context(
+      positions=positions,
+      valid=valid,
+      lengths=lengths,
+      layer=layer,
+      key=jax.random.fold_in(jax.random.key(seed), layer),
+    )
+    out, cache, trace = method.prefill.attend(q, k, v, rope, cache, ctx)
+    state = method.decode.observe(q, k, v, rope, state, ctx)
+    return out, method.prefill.finish(cache), state, _sums(trace)
+
+  heads = P(AXES.data, AXES.seq, AXES.model)
+  cache_specs, state_specs = plan.cache_specs(), plan.state_specs()
+  q, k, v = attention_inputs(layer_weights, x, plan.config)
+  out, cache, state, sums = plan.sharded(
+    attend,
+    (heads, heads, heads, cache_specs, state_specs)
+    + (_PROMPT, _PROMPT, _ROWS, P(), P()),
+    (heads, cache_specs, state_specs, _ROWS),
+  )(q, k, v, cache, state, positions, valid, lengths, layer, seed)
+  chunk = plan.chunk if x.shape[1] > plan.chunk else None
+  x = layer_output(layer_weights, x, out, plan.config, chunk)
+  return plan.place(x, AXES.data, AXES.seq), cache, state, sums
+
+
+def embed_tokens(weights: Any, tokens: Int32[Array, 'B T'], *, plan: Plan):
+  """Embeddings of the laid-out prompt, sharded over rows and sequence."""
+  return plan.place(embed(weights, tokens, plan.config), AXES.data, AXES.seq)
+
+
+def last_logits(
+  weights: Weights, x: Float[Array, 'B T D'], last: Int32[Array, 'B'], *, plan
+) -> Float[Array, 'B V']:
+  """Logits of one token a row: the only ones a prefill computes."""
+  x = jnp.take_along_axis(x, last[:, None, None], axis=1)
+  return plan.place(logits(weights, x, plan.config)[:, 0], AXES.data)
+
+
+def start_layer(cache: Any, state: Any, *, plan: Plan):
+  """`Decode.start` on one layer, once the whole prompt is in the cache."""
+  specs = plan.state_specs()
+  return plan.sharded(
+    plan.method.decode.start, (plan.cache_specs(), specs), specs
+  )(cache, state)
+
+
+@functools.partial(jax.jit, static_argnames='plan')
+def _few_tokens_layer(
+  layer_weights: Any,
+  x: Float[Array, 'B T D'],
+  cache: Any,
+  state: Any,
+  lengths: Int32[Array, 'B'],
+  count: Int32[Array, 'B'],
+  layer: Int32[Array, ''],
+  seed: Int32[Array, ''],
+  *,
+  plan: Plan,
+):
+  """One layer over few tokens; jitted so that L layers are traced once."""
+  rope = make_rope(plan.config)
+  steps = jnp.arange(x.shape[1], dtype=jnp.int32)
+
+  def attend(q, k, v, cache, state, lengths, count, layer, seed):
+    ctx = plan.context(
+      positions=lengths[:, None] + steps,
+      valid=steps < count[:, None],
+      lengths=lengths + count,
+      layer=layer,
+      key=jax.random.fold_in(jax.random.key(seed), layer),
+    )
+    out, cache, state, trace = plan.method.decode.attend(
+      q, k, v, rope, cache, state, ctx
+    )
+    return out, cache, state, _sums(trace)
+
+  heads = P(AXES.data, None, AXES.model)
+  cache_specs, state_specs = plan.cache_specs(), plan.state_specs()
+  q, k, v = attention_inputs(layer_weights, x, plan.config)
+  out, cache, state, sums = plan.sharded(
+    attend,
+    (heads, heads, heads, cache_specs, state_specs, _ROWS, _ROWS, P(), P()),
+    (heads, cache_specs, state_specs, _ROWS),
+  )(q, k, v, cache, state, lengths, count, layer, seed)
+  return layer_output(layer_weights, x, out, plan.config), cache, state, sums
+
+
+@functools.partial(jax.jit, static_argnames='plan')
+def few_tokens(
+  weights: Weights,
+  caches: tuple,
+  states: tuple,
+  tokens: Int32[Array, 'B T'],
+  lengths: Int32[Array, 'B'],
+  count: Int32[Array, 'B'],
+  seed: Int32[Array, ''],
+  *,
+  plan: Plan,
+):
+  """T <= 16 tokens a row through all layers, over the cache.
+
+  Args:
+    weights: the model's.
+    caches: one a layer.
+    states: one a layer.
+    tokens: padded with anything beyond `count`.
+    lengths: tokens already in the cache, a row.
+    count: valid tokens of this call, 0 to T a row.
+    seed: of this call.
+    plan: static.
+
+  Returns:
+    (logits [B V] of each row's last valid token, caches, states, sums).
+  """
+  x = plan.place(embed(weights.embed, tokens, plan.config), AXES.data)
+  caches, states, totals = list(caches), list(states), []
+  for i, layer_weights in enumerate(weights.layers):
+    x, caches[i], states[i], sums = _few_tokens_layer(
+      layer_weights,
+      x,
+      caches[i],
+      states[i],
+      lengths,
+      count,
+      jnp.int32(i),
+      seed,
+      plan=plan,
+    )
+    totals.append(sums)
+  last = jnp.maximum(count - 1, 0)
+  x = jnp.take_along_axis(x, last[:, None, None], axis=1)
+  scores = plan.place(logits(weights, x, plan.config)[:, 0], AXES.data)
+  sums = jax.tree.map(lambda *s: sum(s), *totals)
+  return scores, tuple(caches), tuple(states), sums
+
+
+def decode_loop(
+  weights: Weights,
+  caches: tuple,
+  states: tuple,
+  scores: Float[Array, 'B V'],
+  lengths: Int32[Array, 'B'],
+  done: Bool[Array, 'B'],
+  sampling: Sampling,
+  n: Int32[Array, ''],
+  *,
+  plan: Plan,
+  room: int,
+):
+  """Chooses and feeds up to n <= room tokens a row, without the host.
+
+  Each step samples from `scores` and feeds the choice, so that the cache holds
+  every token but those after a stop. A row is done at its stop token; the
+  program ends when all are.
+
+  Returns:
+    (tokens int32 [B room], -1 where none, scores, caches, states, lengths,
+    done, finite bool [B], sums).
+  """
+  batch = scores.shape[0]
+
+  def step(carry):
+    i, tokens, scores, caches, states, lengths, done, finite, sums = carry
+    finite &= done | jnp.all(jnp.isfinite(scores), axis=1)
+    done |= ~finite
+    chosen = sample(scores, lengths, sampling)
+    tokens = tokens.at[:, i].set(jnp.where(done, -1, chosen))
+    done |= stops(chosen, sampling)
+    count = jnp.where(done, 0, 1)
+    fresh, caches, states, more = few_tokens(
+      weights,
+      caches,
+      states,
+      jnp.maximum(chosen, 0)[:, None],
+      lengths,
+      count,
+      i,
+      plan=plan,
+    )
+    scores = jnp.where(done[:, None], scores, fresh)
+    sums = jax.tree.map(jnp.add, sums, more)
+    return (
+      i + 1,
+      tokens,
+      scores,
+      caches,
+      states,
+      lengths + count,
+      done,
+      finite,
+      sums,
+    )
+
+  def going(carry):
+    return (carry[0] < n) & ~jnp.all(carry[6])
+
+  names = jax.eval_shape(
+    lambda: few_tokens(
+      weights,
+      caches,
+      states,
+      jnp.zeros((batch, 1), jnp.int32),
+      lengths,
+      jnp.ones((batch,), jnp.int32),
+      jnp.int32(0),
+      plan=plan,
+    )[3]
+  )
+  sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), names)
+  carry = (
+    jnp.int32(0),
+    jnp.full((batch, room), -1, jnp.int32),
+    scores,
+    caches,
+    states,
+    lengths,
+    done,
+    jnp.ones((batch,), bool),
+    sums,
+  )
+  return jax.lax.while_loop(going, step, carry)[1:]

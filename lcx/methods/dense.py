@@ -1,0 +1,76 @@
+"""Dense: every query sees every key before it. The baseline of all others."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from kernels_pallas.block_sparse import block_sparse, dense_blocks
+from kernels_pallas.selected_token import attend_pages
+from lcx import cache as caches
+from lcx.methods import shards
+from lcx.methods.base import Context, Decode, Method, Prefill, Rope, Trace
+
+
+@dataclasses.dataclass(frozen=True)
+class DensePrefill(Prefill):
+  """Causal attention over the whole prompt.
+
+  Where the sequence is sharded, keys and values are all-gathered: the exact
+  baseline that moves (n - 1) / n of 2 B S K H elements a layer to each shard.
+  """
+
+  def attend(self, q, k, v, rope: Rope, cache, ctx: Context):
+    batch, length, heads, _ = q.shape
+    rotated = rope(k, ctx.positions)
+    cache = shards.store(cache, k, rotated, v, ctx)
+    out, _ = block_sparse(
+      rope(q, ctx.positions),
+      *shards.gather_sequence(rotated, v, ctx.axes),
+      dense_blocks(batch, heads, length),
+      q_start=shards.first_query(length, batch, ctx.axes),
+      lengths=ctx.lengths,
+      sliding_window=ctx.sliding_window,
+    )
+    return out, cache, dense_trace(q, ctx)
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseDecode(Decode):
+  """Attention over everything in the cache; shards merge exactly."""
+
+  needs = frozenset({'all_tokens', 'rotated'})
+
+  def attend(self, q, k, v, rope: Rope, cache, state, ctx: Context):
+    cache = shards.append(cache, k, rope(k, ctx.positions), v, ctx)
+    part = attend_pages(
+      rope(q, ctx.positions),
+      cache.pages(),
+      cache.page_ids(),
+      cache.page_starts(),
+      q_positions=shards.seen_until(cache, ctx),
+      **shards.window(k.shape[2], ctx.sliding_window),
+    )
+    out = shards.merged(part, ctx.axes)
+    return out.astype(q.dtype), cache, state, dense_trace(q, ctx)
+
+
+def dense_pairs(q, ctx: Context):
+  """float32 [B]: keys that causal attention shows to this shard's queries."""
+  visible = ctx.positions + 1
+  if ctx.sliding_window is not None:
+    visible = jnp.minimum(visible, ctx.sliding_window)
+  per_head = jnp.sum(
+    jnp.where(ctx.valid, visible, 0), axis=1, dtype=jnp.float32
+  )
+  return per_head * q.shape[2]
+
+
+def dense_trace(q, ctx: Context) -> Trace | None:
+  """The trace of exact attention: all that is visible was seen."""
+  if not ctx.trace:
+    return None
+  pairs = dense_pairs(q, ctx)
+  return Trace(keys=pairs, pairs=pairs)
+
+
+METHOD = Method('dense', DensePrefill(), caches.CONFIGS['dense'], DenseDecode())

@@ -1,0 +1,118 @@
+"""Quest: decode over the pages whose key bounds promise most.
+
+Tang et al., "Quest: query-aware sparsity for efficient long-context LLM
+inference", arXiv:2406.10774. A page's score is an upper bound of every q.k in
+it, from the page's channel-wise minimum and maximum of keys (equation 2); the
+best pages are attended exactly. Here a list is shared by the query heads of a
+kv head (the largest score counts), pages may be larger than the pages of the
+bounds (LServe's hierarchy), and the prompt is read densely.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kernels_pallas.selected_token import attend_pages, page_scores
+from lcx import cache as caches
+from lcx.methods import shards
+from lcx.methods.base import Context, Decode, Method, Rope, Trace
+from lcx.methods.dense import DensePrefill, dense_pairs
+from lcx.select.top_pages import take_pages, top_pages
+
+
+@dataclasses.dataclass(frozen=True)
+class QuestDecode(Decode):
+  """Top pages by bounds, a budget of tokens per kv head.
+
+  Attributes:
+    budget: tokens attended per kv head, new ones included.
+    sink: first tokens that are always seen.
+    recent: last tokens that are always seen.
+    dense_layers: first layers that see everything (2 in the paper).
+  """
+
+  budget: int = 1024
+  sink: int = 64
+  recent: int = 128
+  dense_layers: int = 2
+
+  needs = frozenset({'all_tokens', 'rotated', 'bounds'})
+
+  def at_full_budget(self, length: int) -> 'QuestDecode':
+    return dataclasses.replace(self, budget=2 * length + 4096)
+
+  def check(self, config, capacity: int) -> None:
+    if self.budget < self.sink + self.recent:
+      raise ValueError(
+        f'decode.budget={self.budget} is below sink={self.sink} + '
+        f'recent={self.recent}: raise the budget'
+      )
+
+  def attend(self, q, k, v, rope: Rope, cache, state, ctx: Context):
+    q = rope(q, ctx.positions)
+    cache = shards.append(cache, k, rope(k, ctx.positions), v, ctx)
+    pages, ids = cache.pages(), cache.page_ids()
+    starts = cache.page_starts()
+    newest = jnp.max(jnp.where(ctx.valid, ctx.positions, 0), axis=1)
+
+    def attended(ids, starts):
+      part = attend_pages(
+        q,
+        pages,
+        ids,
+        starts,
+        q_positions=shards.seen_until(cache, ctx),
+        **shards.window(k.shape[2], ctx.sliding_window),
+      )
+      out = shards.merged(part, ctx.axes).astype(q.dtype)
+      return out, seen_keys(starts, q, ctx, pages.page)
+
+    def sparse():
+      index = top_pages(
+        kv_page_scores(q, cache, ctx),
+        starts,
+        newest,
+        budget=self.budget + pages.page,  # the newest page is rarely full
+        sink=self.sink,
+        recent=self.recent,
+        page=pages.page,
+        axis=ctx.axes.seq,
+      )
+      return attended(*take_pages(index, ids, starts))
+
+    out, keys = jax.lax.cond(
+      ctx.layer < self.dense_layers, lambda: attended(ids, starts), sparse
+    )
+    trace = Trace(keys, dense_pairs(q, ctx)) if ctx.trace else None
+    return out, cache, state, trace
+
+
+def kv_page_scores(
+  q: Float[Array, 'B T N H'], cache, ctx: Context
+) -> Float[Array, 'B K W']:
+  """A score per page and kv head: the best over queries and query heads.
+
+  A page scores as its best logical page (LServe, section 3.5.2).
+  """
+  kmin, kmax = cache.bounds()
+  batch, n_kv_heads, n_logical, _ = kmin.shape
+  scores = page_scores(q, kmin, kmax)  # [B T N C]
+  scores = jnp.where(ctx.valid[:, :, None, None], scores, -jnp.inf)
+  scores = jnp.max(scores, axis=1)
+  scores = scores.reshape(batch, n_kv_heads, -1, n_logical)
+  width = cache.page_ids().shape[2]
+  return jnp.max(scores, axis=2).reshape(batch, n_kv_heads, width, -1).max(-1)
+
+
+def seen_keys(starts, q, ctx: Context, page: int) -> Float[Array, 'B']:
+  """Keys seen by valid queries over all heads, given the pages listed."""
+  group = q.shape[2] // starts.shape[1]
+  visible = ctx.positions[:, :, None, None] + 1 - starts[:, None]
+  visible = jnp.sum(jnp.clip(visible, 0, page), axis=(2, 3))
+  visible = jnp.where(ctx.valid, visible, 0) * group
+  return jnp.sum(visible, axis=1, dtype=jnp.float32)
+
+
+METHOD = Method('quest', DensePrefill(), caches.CONFIGS['paged'], QuestDecode())

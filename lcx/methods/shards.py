@@ -1,0 +1,86 @@
+"""What every method does alike: store, gather, merge over sequence shards.
+
+New tokens of decode live on the last sequence shard (as in APB and Star
+Attention); prompt tokens live where the prefill's layout put them.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from kernels_pallas.block_sparse import EVERYTHING
+from kernels_pallas.partial import Partial, merge_over
+from lcx.methods.base import Axes, Context
+
+
+def store(cache, k, rotated, v, ctx: Context):
+  """Appends the prompt's keys of this shard, rotated or not as the cache wants.
+
+  Args:
+    cache: this layer's cache.
+    k: [B T K H] unrotated keys.
+    rotated: [B T K H] the same, rotated.
+    v: [B T K H].
+    ctx: its valid tokens must be a prefix of each row.
+  """
+  keys = rotated if cache.rotated else k
+  return cache.append(keys, v, ctx.positions, ctx.count)
+
+
+def append(cache, k, rotated, v, ctx: Context):
+  """Appends decoded tokens on the last sequence shard alone."""
+  size = jax.lax.axis_size(ctx.axes.seq)
+  last = jax.lax.axis_index(ctx.axes.seq) == size - 1
+  keys = rotated if cache.rotated else k
+  count = jnp.where(last, ctx.count, 0) if size > 1 else ctx.count
+  return cache.append(keys, v, ctx.positions, count)
+
+
+def gather_sequence(
+  k: Float[Array, 'B T K H'], v: Float[Array, 'B T K H'], axes: Axes
+) -> tuple[Float[Array, 'B K S H'], Float[Array, 'B K S H']]:
+  """All shards' keys and values in cache layout, in the shards' order."""
+
+  def gather(x):
+    if jax.lax.axis_size(axes.seq) > 1:
+      x = jax.lax.all_gather(x, axes.seq, axis=1, tiled=True)
+    return jnp.swapaxes(x, 1, 2)
+
+  return gather(k), gather(v)
+
+
+def first_query(length: int, batch: int, axes: Axes) -> Int32[Array, 'B']:
+  """Index of this shard's first token in the contiguous layout."""
+  first = jax.lax.axis_index(axes.seq) * length
+  return jnp.full((batch,), first, jnp.int32)
+
+
+def seen_until(cache, ctx: Context) -> Int32[Array, 'B T']:
+  """Query positions, cut to the last token that this shard holds.
+
+  A shard's last page may be half full while later tokens live elsewhere; its
+  unused slots must not become visible when positions pass them.
+  """
+  return jnp.minimum(ctx.positions, cache.last_position()[:, None])
+
+
+def window(n_kv_heads: int, sliding_window: int | None) -> dict[str, Array]:
+  """The model's own sliding window as arguments of the decode kernels."""
+  if sliding_window is None:
+    return {}
+  return dict(
+    sink=jnp.zeros((n_kv_heads,), jnp.int32),
+    window=jnp.full((n_kv_heads,), sliding_window, jnp.int32),
+  )
+
+
+def full_window(n: int) -> Int32[Array, 'n']:
+  """A window that holds every key, for n heads."""
+  return jnp.full((n,), EVERYTHING, jnp.int32)
+
+
+def merged(part: Partial, axes: Axes) -> Float[Array, 'B T N H']:
+  """The output over all sequence shards."""
+  if jax.lax.axis_size(axes.seq) > 1:
+    part = merge_over(part, axes.seq)
+  return part.out

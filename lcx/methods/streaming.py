@@ -1,0 +1,115 @@
+"""StreamingLLM: the first tokens and a window of the last ones.
+
+Xiao et al., "Efficient streaming language models with attention sinks",
+arXiv:2309.17453, with 4 sink and 1,020 recent tokens as its default. Keys keep
+their true positions. Memory is a ring of pages, constant in length; nothing
+outside sink and window can be found again.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from kernels_pallas.block_sparse import (
+  EVERYTHING,
+  block_sparse,
+  streaming_blocks,
+)
+from kernels_pallas.selected_token import attend_pages
+from lcx.cache import Paged
+from lcx.methods import shards
+from lcx.methods.base import Context, Decode, Method, Prefill, Rope, Trace
+from lcx.methods.dense import dense_pairs
+
+SINK, RECENT = 4, 1020
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamingPrefill(Prefill):
+  """Each prompt query sees the sink and its own window.
+
+  Attributes:
+    sink: first tokens that are always seen.
+    recent: last tokens that are always seen, the query's own included.
+  """
+
+  sink: int = SINK
+  recent: int = RECENT
+
+  def at_full_budget(self, length: int) -> 'StreamingPrefill':
+    del length
+    return dataclasses.replace(self, recent=EVERYTHING)
+
+  def check(self, config, capacity: int) -> None:
+    check_window(self.sink, self.recent)
+
+  def attend(self, q, k, v, rope: Rope, cache, ctx: Context):
+    batch, length, heads, _ = q.shape
+    rotated = rope(k, ctx.positions)
+    cache = shards.store(cache, k, rotated, v, ctx)
+    out, _ = block_sparse(
+      rope(q, ctx.positions),
+      *shards.gather_sequence(rotated, v, ctx.axes),
+      streaming_blocks(batch, heads, length, self.sink, self.recent),
+      q_start=shards.first_query(length, batch, ctx.axes),
+      lengths=ctx.lengths,
+      sliding_window=ctx.sliding_window,
+    )
+    return out, cache, streaming_trace(self, q, ctx)
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamingDecode(Decode):
+  """Each new query sees the sink and its own window.
+
+  Attributes: as in `StreamingPrefill`.
+  """
+
+  sink: int = SINK
+  recent: int = RECENT
+
+  needs = frozenset({'recent_tokens', 'rotated'})
+
+  def at_full_budget(self, length: int) -> 'StreamingDecode':
+    del length
+    return dataclasses.replace(self, recent=EVERYTHING)
+
+  def check(self, config, capacity: int) -> None:
+    check_window(self.sink, self.recent)
+
+  def attend(self, q, k, v, rope: Rope, cache, state, ctx: Context):
+    cache = shards.append(cache, k, rope(k, ctx.positions), v, ctx)
+    heads = k.shape[2]
+    recent = min(self.recent, ctx.sliding_window or self.recent)
+    # A model's own window takes the sink away, too.
+    sink = 0 if ctx.sliding_window is not None else self.sink
+    part = attend_pages(
+      rope(q, ctx.positions),
+      cache.pages(),
+      cache.page_ids(),
+      cache.page_starts(),
+      q_positions=shards.seen_until(cache, ctx),
+      sink=jnp.full((heads,), sink, jnp.int32),
+      window=jnp.full((heads,), recent, jnp.int32),
+    )
+    out = shards.merged(part, ctx.axes).astype(q.dtype)
+    return out, cache, state, streaming_trace(self, q, ctx)
+
+
+def check_window(sink: int, recent: int) -> None:
+  """Refuses windows that hold no key."""
+  if sink < 0 or recent < 1:
+    raise ValueError(f'{sink=} must be at least 0 and {recent=} at least 1')
+
+
+def streaming_trace(part, q, ctx: Context) -> Trace | None:
+  """Counts sink + window, or everything where that is less."""
+  if not ctx.trace:
+    return None
+  seen = jnp.minimum(ctx.positions + 1, part.sink + part.recent)
+  seen = jnp.sum(jnp.where(ctx.valid, seen, 0), axis=1, dtype=jnp.float32)
+  pairs = dense_pairs(q, ctx)
+  return Trace(keys=jnp.minimum(seen * q.shape[2], pairs), pairs=pairs)
+
+
+METHOD = Method('streaming', StreamingPrefill(), Paged(), StreamingDecode())

@@ -1,0 +1,1 @@
+"""Selectors: which keys a query sees. Pure functions, one idea a file."""
