@@ -1,0 +1,140 @@
+"""selected_token in plain XLA: gathers what is listed, nothing else.
+
+A long list goes in chunks under an online softmax, and the loop ends with the
+last chunk that any row uses.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kernels_pallas import tiles, xla_tiles
+from kernels_pallas.partial import Partial
+
+
+def refuse(function: str, *args, **kwargs) -> str | None:
+  """XLA takes every call that the public functions let through."""
+  del function, args, kwargs
+  return None
+
+
+def _attend(
+  q,
+  fetch,
+  listed,
+  positions,
+  tokens,
+  *,
+  q_positions,
+  sink,
+  window,
+  scale,
+  chunk,
+) -> Partial:
+  """Online softmax over chunks of the list.
+
+  FLOPs: 4 T N H times the listed tokens, rounded up to the chunk.
+
+  Args:
+    q: [B T N H].
+    fetch: listed entries [B K chunk] -> k, v [B K chunk*tokens H].
+    listed: [B K W]; -1: skipped.
+    positions: [B K W], position of an entry's first token.
+    tokens: tokens an entry stands for.
+    q_positions: [B T].
+    sink: [K] or None.
+    window: [K] or None.
+    scale: of the scores.
+    chunk: entries that go together.
+  """
+  b, t, n, h = q.shape
+  kv, width = listed.shape[1], listed.shape[2]
+  g = n // kv
+  qs = (q * jnp.asarray(scale, jnp.float32)).astype(q.dtype)
+  qs = qs.reshape(b, t, kv, g, h).transpose(0, 2, 1, 3, 4)
+  qs = qs.reshape(b, kv, t * g, h)
+  at = jnp.repeat(q_positions, g, axis=1)[:, None, :, None]  # [B 1 T*G 1]
+  chunk = max(1, min(chunk, width))
+  short = ((0, 0), (0, 0), (0, -width % chunk))
+  listed = jnp.pad(listed, short, constant_values=-1)
+  positions = jnp.pad(positions, short)
+
+  def visit(j, carry):
+    entry = lax.dynamic_slice_in_dim(listed, j * chunk, chunk, axis=2)
+    start = lax.dynamic_slice_in_dim(positions, j * chunk, chunk, axis=2)
+    k, v = fetch(jnp.maximum(entry, 0))
+    s = (start[..., None] + jnp.arange(tokens)).reshape(b, kv, 1, -1)
+    mask = jnp.repeat(entry >= 0, tokens, axis=2)[:, :, None] & (s <= at)
+    if sink is not None:
+      edge, recent = sink[:, None, None], window[:, None, None]
+      mask &= (s < edge) | (s > at - recent)
+    scores = xla_tiles.dot('bkqh,bksh->bkqs', qs, k)
+    return xla_tiles.step(carry, scores, v, mask, 'bkqs,bksh->bkqh')
+
+  carry = xla_tiles.begin((b, kv, t * g), h)
+  if width:
+    last = jnp.max(jnp.where(listed >= 0, jnp.arange(listed.shape[2]) + 1, 0))
+    steps = tiles.ceil_div(last, chunk)
+    carry = lax.fori_loop(0, steps, visit, carry)
+  out, lse = xla_tiles.finish(carry, jnp.float32)
+  out = out.reshape(b, kv, t, g, h).transpose(0, 2, 1, 3, 4)
+  lse = lse.reshape(b, kv, t, g).transpose(0, 2, 1, 3)
+  return Partial(out.reshape(b, t, n, h), lse.reshape(b, t, n))
+
+
+def _chunk(block_sizes, b: int, kv: int, h: int, tokens: int) -> int:
+  """Entries a step: 4 MB of keys on a CPU, 64 MB elsewhere."""
+  if block_sizes and 'chunk' in block_sizes:
+    return block_sizes['chunk']
+  budget = 2**20 if jax.default_backend() == 'cpu' else 2**24
+  return max(1, budget // (b * kv * h * tokens))
+
+
+def attend_pages(
+  q, pages, ids, starts, *, q_positions, sink, window, scale, block_sizes
+) -> Partial:
+  """See `kernels_pallas.selected_token.attend_pages`."""
+  b, kv, _ = ids.shape
+  h = q.shape[-1]
+  chunk = _chunk(block_sizes, b, kv, h, pages.page)
+
+  def fetch(entry):
+    k, v = pages.read(entry, q.dtype)
+    return k.reshape(b, kv, -1, h), v.reshape(b, kv, -1, h)
+
+  return _attend(
+    q,
+    fetch,
+    ids,
+    starts,
+    pages.page,
+    q_positions=q_positions,
+    sink=sink,
+    window=window,
+    scale=scale,
+    chunk=chunk,
+  )
+
+
+def attend_tokens(
+  q, pages, rows, positions, *, q_positions, sink, window, scale, block_sizes
+) -> Partial:
+  """See `kernels_pallas.selected_token.attend_tokens`."""
+  b, kv, _ = rows.shape
+  chunk = _chunk(block_sizes, b, kv, q.shape[-1], 1)
+
+  def fetch(entry):
+    return pages.tokens(entry).read((), q.dtype)
+
+  return _attend(
+    q,
+    fetch,
+    rows,
+    positions,
+    1,
+    q_positions=q_positions,
+    sink=sink,
+    window=window,
+    scale=scale,
+    chunk=chunk,
+  )

@@ -1,0 +1,71 @@
+"""The merge law: partials over disjoint sets merge exactly, empty ones too."""
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas import partial
+
+
+def _attend(scores, values) -> partial.Partial:
+  if scores.shape[-1] == 0:
+    return partial.empty((*scores.shape[:-1], values.shape[-1]))
+  lse = jax.nn.logsumexp(scores, axis=-1)
+  return partial.Partial(jnp.exp(scores - lse[..., None]) @ values, lse)
+
+
+@hypothesis.settings(derandomize=True, deadline=None, max_examples=30)
+@hypothesis.given(
+  cuts=st.lists(st.integers(0, 12), min_size=0, max_size=4),
+  spread=st.sampled_from([1.0, 30.0, 200.0]),
+  seed=st.integers(0, 99),
+)
+def test_merge_equals_the_union(cuts, spread, seed):
+  rng = np.random.default_rng(seed)
+  scores = jnp.asarray(spread * rng.normal(size=(3, 12)), jnp.float32)
+  values = jnp.asarray(rng.normal(size=(12, 5)), jnp.float32)
+  edges = [0, *sorted(cuts), 12]
+  parts = [
+    _attend(scores[:, a:b], values[a:b]) for a, b in zip(edges, edges[1:])
+  ]
+  whole = _attend(scores, values)
+  merged = partial.merge(*parts)
+  np.testing.assert_allclose(merged.out, whole.out, atol=2e-6)
+  np.testing.assert_allclose(merged.lse, whole.lse, rtol=1e-6, atol=2e-6)
+
+
+def test_empty_is_neutral_and_all_empty_is_not_nan():
+  none = partial.empty((2, 3, 4))
+  merged = partial.merge(none, none)
+  np.testing.assert_array_equal(merged.out, 0)
+  np.testing.assert_array_equal(merged.lse, -np.inf)
+  some = partial.Partial(jnp.ones((2, 3, 4)), jnp.zeros((2, 3)))
+  merged = partial.merge(none, some, none)
+  np.testing.assert_array_equal(merged.out, some.out)
+  np.testing.assert_array_equal(merged.lse, some.lse)
+
+
+def test_merge_keeps_the_first_dtype_and_any_axis():
+  rng = np.random.default_rng(0)
+  out = jnp.asarray(rng.normal(size=(2, 5, 3, 4)), jnp.bfloat16)
+  lse = jnp.asarray(rng.normal(size=(2, 5, 3)), jnp.float32)
+  stacked = partial.merge_axis(partial.Partial(out, lse), axis=-2)
+  parts = [partial.Partial(out[:, i], lse[:, i]) for i in range(5)]
+  merged = partial.merge(*parts)
+  assert merged.out.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(merged.out, stacked.out)
+  np.testing.assert_array_equal(merged.lse, stacked.lse)
+
+
+def test_merge_under_vmap_matches_merge_over_a_mapped_axis():
+  rng = np.random.default_rng(1)
+  part = partial.Partial(
+    jnp.asarray(rng.normal(size=(4, 3, 8)), jnp.float32),
+    jnp.asarray(rng.normal(size=(4, 3)), jnp.float32).at[1].set(-jnp.inf),
+  )
+  every = jax.vmap(lambda p: partial.merge_over(p, 'i'), axis_name='i')(part)
+  whole = partial.merge_axis(part, axis=0)
+  for i in range(4):
+    np.testing.assert_array_equal(every.out[i], whole.out)
