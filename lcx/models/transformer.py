@@ -219,14 +219,14 @@ def _einsum(equation, x, w, out=None):
 
 
 def rms_norm(x: Float[Array, '... D'], scale: Float[Array, 'D'], eps: float):
-  """RMSNorm, x / rms(x) * scale over the last axis, in float32 (arXiv:1910.07467)."""
+  """RMSNorm over the last axis, in float32 (arXiv:1910.07467)."""
   wide = x.astype(jnp.float32)
   inverse = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
   return (wide * inverse * scale.astype(jnp.float32)).astype(x.dtype)
 
 
 def split_qkv(qkv: Float[Array, '*R K C H']):
-  """Splits into q [*R K*G H], k [*R K H], v [*R K H] of the joint projection's output."""
+  """Joint projection to q [*R K*G H], k [*R K H], v [*R K H]."""
   *rows, heads, width, dim = qkv.shape
   q = qkv[..., : width - 2, :].reshape(*rows, heads * (width - 2), dim)
   return q, qkv[..., width - 2, :], qkv[..., width - 1, :]
