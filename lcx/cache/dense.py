@@ -1,0 +1,291 @@
+"""The dense cache: contiguous keys and values, every token, every head."""
+
+import dataclasses
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+
+from kernels_pallas.keys import NEVER, Pages
+from lcx.cache.base import (
+  ROWS,
+  CacheShape,
+  Status,
+  arriving,
+  check_tier,
+  continues,
+  last_token,
+  settle,
+  size_of,
+  split,
+  start_of_page,
+  status_after_cut,
+)
+from lcx.cache.stats import Bounds
+from lcx.cache.write import put, window, write_pages
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+  """Numbers of the dense cache.
+
+  Attributes:
+    page: tokens of a page, as kernels see them; bounds are kept per page.
+    rotated: whether keys are stored rotated.
+    stats: whether bounds of keys are kept.
+  """
+
+  page: int = 64
+  rotated: bool = True
+  stats: bool = False
+
+  def __post_init__(self):
+    if self.page < 1:
+      raise ValueError(f'page={self.page} must be at least 1')
+
+  @property
+  def provides(self) -> frozenset[str]:
+    found = {'all_tokens', 'recent_tokens', 'contiguous'}
+    found.add('rotated' if self.rotated else 'unrotated')
+    return frozenset(found | ({'bounds'} if self.stats else set()))
+
+  def at_full_budget(self, length: int) -> Self:
+    del length
+    return self
+
+  def init(self, shape: CacheShape) -> 'DenseCache':
+    """An empty cache; capacity is rounded up to pages."""
+    b, h = shape.batch, shape.n_kv_heads
+    pages = shape.pages_per_row(self.page)
+    tokens = (b, h, pages * self.page, shape.head_dim)
+    rows = b * shape.shards.seq
+    stats = None
+    if self.stats:
+      stats = Bounds.zeros((b, h, pages, shape.head_dim), shape.dtype)
+    return DenseCache(
+      k=jnp.zeros(tokens, shape.dtype),
+      v=jnp.zeros(tokens, shape.dtype),
+      starts=jnp.full((b, pages), NEVER, jnp.int32),
+      used=jnp.zeros((rows,), jnp.int32),
+      status=jnp.zeros((rows,), jnp.int32),
+      stats=stats,
+      config=self,
+    )
+
+  def specs(self) -> 'DenseCache':
+    """Batch over "data", kv heads over "model", tokens over "seq"."""
+    tokens = split('data', 'model', 'seq', None)
+    return DenseCache(
+      k=tokens,
+      v=tokens,
+      starts=split('data', 'seq'),
+      used=ROWS,
+      status=ROWS,
+      stats=Bounds(tokens, tokens) if self.stats else None,
+      config=self,
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DenseCache:
+  """Keys and values of one layer, contiguous.
+
+  Attributes:
+    k: [B K S H] keys, in the order of arrival.
+    v: [B K S H].
+    starts: int32 [B W] position of each page's first token, W = S / page.
+    used: int32 [B] tokens a row holds.
+    status: int32 [B] a `Status` a row.
+    stats: bounds per page, or None.
+    config: its numbers (static).
+  """
+
+  k: Float[Array, 'B K S H']
+  v: Float[Array, 'B K S H']
+  starts: Int32[Array, 'B W']
+  used: Int32[Array, 'B']
+  status: Int32[Array, 'B']
+  stats: Bounds | None
+  config: Dense = dataclasses.field(metadata={'static': True})
+
+  @property
+  def rotated(self) -> bool:
+    return self.config.rotated
+
+  @property
+  def page(self) -> int:
+    return self.config.page
+
+  def append(
+    self,
+    k: Float[Array, 'B T K H'],
+    v: Float[Array, 'B T K H'],
+    positions: Int32[Array, 'B T'],
+    count: Int32[Array, 'B'] | None = None,
+  ) -> Self:
+    """Adds the first `count` tokens of each row (None: all T).
+
+    Args:
+      k: keys, rotated iff the config says so.
+      v: values.
+      positions: consecutive in a row; they continue those of a half full page.
+      count: 0 to T.
+
+    Returns:
+      The cache. A row whose tokens do not fit drops them all and says so in
+      `status`; other rows go on.
+    """
+    page, capacity = self.page, self.k.shape[2]
+    count = arriving(self.used, self.status, count, k.shape[1])
+    open_start = start_of_page(self.starts, self.used // page)
+    count, status = settle(
+      self.status,
+      count,
+      (Status.OVER_CAPACITY, self.used + count > capacity),
+      (
+        Status.POSITION_GAP,
+        ~continues(open_start, self.used, positions[:, 0], page),
+      ),
+    )
+    offset = self.used % page
+    pages = self._touched(count, window(k.shape[1], page))
+    target = jnp.where(pages < 0, -1, self._row_pages() + pages)
+    source = target[..., 0]
+
+    def write(pool, tokens):
+      flat = pool.reshape(-1, page, pool.shape[-1])
+      tokens = jnp.swapaxes(tokens, 1, 2)
+      flat = write_pages(flat, tokens, offset, count, source, target)
+      return flat.reshape(pool.shape)
+
+    stats = self.stats
+    if stats is not None:
+      stats = stats.absorb(jnp.swapaxes(k, 1, 2), self.used, count, page)
+    return dataclasses.replace(
+      self,
+      k=write(self.k, k),
+      v=write(self.v, v),
+      starts=self._new_starts(pages[:, 0], positions[:, 0] - offset),
+      used=self.used + count,
+      status=status,
+      stats=stats,
+    )
+
+  def truncate(self, lengths: Int32[Array, 'B']) -> Self:
+    """Keeps the first `lengths` tokens of each row, as if no more had come."""
+    lengths = jnp.clip(lengths, 0, self.used)
+    first = jnp.arange(self.starts.shape[1], dtype=jnp.int32) * self.page
+    stats = self.stats
+    if stats is not None:
+      keys = self._page_of(self.k, lengths // self.page).astype(jnp.float32)
+      error = jnp.zeros(keys.shape[:3], jnp.float32)
+      stats = stats.cut(keys, error, lengths < self.used, lengths)
+    return dataclasses.replace(
+      self,
+      starts=jnp.where(first < lengths[:, None], self.starts, NEVER),
+      used=lengths,
+      status=status_after_cut(self.status, self.used, lengths),
+      stats=stats,
+    )
+
+  def fork(self, sources: Int32[Array, 'B']) -> Self:
+    """Row b goes on as a copy of row sources[b]; copies whole rows."""
+    return jax.tree.map(lambda x: x[sources], self)
+
+  def reset(self, rows: Bool[Array, 'B']) -> Self:
+    """Empties the rows."""
+    return dataclasses.replace(
+      self,
+      starts=jnp.where(rows[:, None], NEVER, self.starts),
+      used=jnp.where(rows, 0, self.used),
+      status=jnp.where(rows, jnp.int32(Status.OK), self.status),
+    )
+
+  def free(self, rows: Bool[Array, 'B']) -> Self:
+    """Empties the rows; a row's memory is its own here, as in `reset`."""
+    return self.reset(rows)
+
+  def insert(self, row: Int32[Array, ''], other: Self) -> Self:
+    """Row `row` becomes the only row of `other`, of any smaller capacity."""
+    if other.k.shape[0] != 1 or other.k.shape[2] > self.k.shape[2]:
+      raise ValueError(
+        f'insert takes one row of at most {self.k.shape[2]} tokens, not '
+        f'{other.k.shape[0]} rows of {other.k.shape[2]}'
+      )
+    if other.config != self.config:
+      raise ValueError(f'{other.config} must equal {self.config}')
+
+    def place(mine, theirs):
+      start = (row,) + (0,) * (mine.ndim - 1)
+      return jax.lax.dynamic_update_slice(mine, theirs, start)
+
+    empty = self.reset(jnp.arange(self.used.shape[0]) == row)
+    return jax.tree.map(place, empty, other)
+
+  def pages(self) -> Pages:
+    """The cache as a pool [B*K*W page H]; free."""
+    shape = (-1, self.page, self.k.shape[-1])
+    return Pages(self.k.reshape(shape), self.v.reshape(shape))
+
+  def page_ids(self) -> Int32[Array, 'B K W']:
+    """Ids count upwards; -1 where a page holds no token."""
+    w = self.starts.shape[1]
+    index = jnp.arange(w, dtype=jnp.int32)
+    held = index * self.page < self.used[:, None, None]
+    return jnp.where(held, self._row_pages() + index, -1)
+
+  def page_starts(self) -> Int32[Array, 'B K W']:
+    """Position of each page's first token; NEVER where there is none."""
+    b, h = self.k.shape[:2]
+    return jnp.broadcast_to(self.starts[:, None], (b, h, self.starts.shape[1]))
+
+  def last_position(self) -> Int32[Array, 'B']:
+    """Position of the newest token of each row; -1 where there is none."""
+    index = (self.used - 1) // self.page
+    return last_token(self.starts, index, self.used, self.page)
+
+  def bounds(self) -> tuple[Float[Array, 'B K C H'], Float[Array, 'B K C H']]:
+    """(kmin, kmax) per page; meaningful where the page holds tokens."""
+    if self.stats is None:
+      raise ValueError('this cache keeps no bounds: Dense(stats=True) does')
+    return self.stats.kmin, self.stats.kmax
+
+  def nbytes(self, tier: str = 'device') -> dict[str, int]:
+    """Bytes by part, allocated whether used or not."""
+    if not check_tier(tier):
+      return {}
+    return {
+      'keys': size_of(self.k),
+      'values': size_of(self.v),
+      'stats': size_of(self.stats),
+      'tables': size_of(self.starts, self.used, self.status),
+    }
+
+  def _row_pages(self) -> Int32[Array, 'B K 1']:
+    """Id of the first page of each row and head."""
+    b, h, w = *self.k.shape[:2], self.starts.shape[1]
+    return jnp.arange(b * h, dtype=jnp.int32).reshape(b, h, 1) * w
+
+  def _touched(self, count, n: int) -> Int32[Array, 'B 1 n']:
+    """Index in the row of the n pages an append touches; -1: not touched."""
+    index = (self.used // self.page)[:, None] + jnp.arange(n, dtype=jnp.int32)
+    touched = (index * self.page < (self.used + count)[:, None]) & (count > 0)[
+      :, None
+    ]
+    return jnp.where(touched, index, -1)[:, None]
+
+  def _new_starts(self, pages: Int32[Array, 'B n'], first: Int32[Array, 'B']):
+    """Start positions, the open page's at `first` and its successors'."""
+    b, w = self.starts.shape
+    n = pages.shape[1]
+    ids = jnp.where(pages < 0, -1, jnp.arange(b)[:, None] * w + pages)
+    starts = first[:, None] + jnp.arange(n, dtype=jnp.int32) * self.page
+    return put(self.starts.reshape(-1), ids, starts).reshape(b, w)
+
+  def _page_of(self, pool, index: Int32[Array, 'B']):
+    """[B K page H]: one page of each row."""
+    w = self.starts.shape[1]
+    flat = pool.reshape(-1, self.page, pool.shape[-1])
+    return flat[self._row_pages()[..., 0] + jnp.minimum(index, w - 1)[:, None]]
