@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcx import sharding
-from lcx.cache import CacheShape
+from lcx.cache import CacheShape, Shards
+from lcx.cache.base import ROWS
 from lcx.engine import steps
 from lcx.engine.buckets import bucket
 from lcx.engine.sampling import Sampling, make_sampling
@@ -31,6 +32,7 @@ class Session:
     states: one a layer.
     lengths: int32 [B] tokens in the cache.
     scores: float32 [B V] logits of the next token.
+    used: what each cache holds, at a `mark`; () in a live session.
     prompt_lengths: int [B] of what the prefill read.
     sums: what attention did since the prefill, by name, float [B].
     prefill_sums: the same of the prefill.
@@ -40,6 +42,7 @@ class Session:
   states: tuple
   lengths: jax.Array
   scores: jax.Array
+  used: tuple
   prompt_lengths: np.ndarray
   sums: dict[str, np.ndarray]
   prefill_sums: dict[str, np.ndarray]
@@ -148,14 +151,17 @@ class Engine:
   def _empty(self) -> tuple[tuple, tuple]:
     """Caches and states of all layers, made where they live."""
     mesh = self.mesh.shape
-    local = -(-(self.capacity - self.room) // mesh['seq']) + self.room
-    local = local if mesh['seq'] > 1 else self.capacity
+    capacity = self.capacity
+    if mesh['seq'] > 1:  # new tokens all live on the last shard
+      prompt = -(-(capacity - self.room) // mesh['seq'])
+      capacity = mesh['seq'] * (prompt + self.room)
     shape = CacheShape(
-      batch=self.batch // mesh['data'],
-      n_kv_heads=self.config.n_kv_heads // mesh['model'],
+      batch=self.batch,
+      n_kv_heads=self.config.n_kv_heads,
       head_dim=self.config.head_dim,
-      capacity=local,
+      capacity=capacity,
       dtype=self.config.dtype,
+      shards=Shards(mesh['data'], mesh['seq'], mesh['model']),
     )
 
     def make(layer):
@@ -163,8 +169,9 @@ class Engine:
       return cache, self.method.decode.init_state(shape)
 
     specs = (self.plan.cache_specs(), self.plan.state_specs())
+    places = sharding.named(self.mesh, specs)
     made = [
-      jax.jit(self.plan.sharded(functools.partial(make, i), (), specs))()
+      jax.jit(functools.partial(make, i), out_shardings=places)()
       for i in range(self.config.n_layers)
     ]
     return tuple(c for c, _ in made), tuple(s for _, s in made)
@@ -242,6 +249,7 @@ class Engine:
       tuple(states),
       lengths,
       scores,
+      (),
       np.array(totals),
       zeros,
       sums,
@@ -344,6 +352,7 @@ class Engine:
       copy(session.states),
       jnp.copy(session.lengths),
       jnp.copy(session.scores),
+      session.used or copy(tuple(c.used for c in session.caches)),
       session.prompt_lengths,
       {k: v.copy() for k, v in session.sums.items()},
       session.prefill_sums,
@@ -352,14 +361,13 @@ class Engine:
   def rewind(self, session: Session, mark: Session) -> None:
     """Drops what came after the mark: several questions a context."""
     specs = self.plan.cache_specs()
-    rows = jax.sharding.PartitionSpec('data')
 
-    def truncate(caches, lengths, *, plan):
-      cut = plan.sharded(lambda c, n: c.truncate(n), (specs, rows), specs)
-      return tuple(cut(c, lengths) for c in caches)
+    def truncate(caches, used, *, plan):
+      cut = plan.sharded(lambda c, n: c.truncate(n), (specs, ROWS), specs)
+      return tuple(cut(c, n) for c, n in zip(caches, used, strict=True))
 
     session.caches = self._call(
-      'rewind', truncate, session.caches, mark.lengths, donate=(0,)
+      'rewind', truncate, session.caches, mark.used, donate=(0,)
     )
     fresh = self.mark(mark)
     session.states, session.lengths = fresh.states, fresh.lengths
@@ -442,10 +450,10 @@ class Engine:
     keys = float(spent['keys'][row]) if 'keys' in spent else 0.0
     queries = np.asarray(session.lengths)[row] - session.prompt_lengths[row]
     per = self.config.n_layers * self.config.n_heads * max(1, int(queries))
-    tiers = {'device': 0, 'host': 0}
-    for cache in session.caches:
-      for tier, size in cache.nbytes().items():
-        tiers[tier] = tiers.get(tier, 0) + size
+    size = {
+      tier: sum(sum(c.nbytes(tier).values()) for c in session.caches)
+      for tier in ('device', 'host')
+    }
     stats = jax.devices()[0].memory_stats() or {}
     skip = {'keys', 'pairs', 'mass'}
     return Generation(
@@ -458,8 +466,8 @@ class Engine:
       density=min(density(read), density(spent)),
       prefill_density=density(read),
       decode_density=density(spent),
-      kv_bytes=tiers['device'],
-      host_bytes=tiers['host'],
+      kv_bytes=size['device'],
+      host_bytes=size['host'],
       peak_bytes=stats.get('peak_bytes_in_use'),
       compilations=meter.compilations,
       compile_s=meter.compile_s,

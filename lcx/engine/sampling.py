@@ -90,5 +90,5 @@ def _draw(logits, positions, sampling: Sampling) -> Int32[Array, 'B']:
 
 
 def stops(tokens: Int32[Array, 'B'], sampling: Sampling):
-  """bool [B]: the token ends its row."""
+  """True [B] where the token ends its row."""
   return jnp.any(tokens[:, None] == sampling.stop, axis=1)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from kernels_pallas.block_sparse import block_sparse, dense_blocks
@@ -50,8 +51,8 @@ class DenseDecode(Decode):
       q_positions=shards.seen_until(cache, ctx),
       **shards.window(k.shape[2], ctx.sliding_window),
     )
-    out = shards.merged(part, ctx.axes)
-    return out.astype(q.dtype), cache, state, dense_trace(q, ctx)
+    out = shards.merged(part, ctx.axes).astype(q.dtype)
+    return out, cache, state, decode_trace(dense_pairs(q, ctx), q, ctx)
 
 
 def dense_pairs(q, ctx: Context):
@@ -71,6 +72,20 @@ def dense_trace(q, ctx: Context) -> Trace | None:
     return None
   pairs = dense_pairs(q, ctx)
   return Trace(keys=pairs, pairs=pairs)
+
+
+def decode_trace(keys, q, ctx: Context) -> Trace | None:
+  """The trace of a decode call, whose queries stand on every sequence shard.
+
+  Args:
+    keys: float32 [B] keys seen, the same number on every sequence shard.
+    q: the queries.
+    ctx: the context.
+  """
+  if not ctx.trace:
+    return None
+  shards = jax.lax.axis_size(ctx.axes.seq)
+  return Trace(keys=keys / shards, pairs=dense_pairs(q, ctx) / shards)
 
 
 METHOD = Method('dense', DensePrefill(), caches.CONFIGS['dense'], DenseDecode())

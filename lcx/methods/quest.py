@@ -17,8 +17,8 @@ from jaxtyping import Array, Float
 from kernels_pallas.selected_token import attend_pages, page_scores
 from lcx import cache as caches
 from lcx.methods import shards
-from lcx.methods.base import Context, Decode, Method, Rope, Trace
-from lcx.methods.dense import DensePrefill, dense_pairs
+from lcx.methods.base import Context, Decode, Method, Rope
+from lcx.methods.dense import DensePrefill, decode_trace
 from lcx.select.top_pages import take_pages, top_pages
 
 
@@ -85,8 +85,7 @@ class QuestDecode(Decode):
     out, keys = jax.lax.cond(
       ctx.layer < self.dense_layers, lambda: attended(ids, starts), sparse
     )
-    trace = Trace(keys, dense_pairs(q, ctx)) if ctx.trace else None
-    return out, cache, state, trace
+    return out, cache, state, decode_trace(keys, q, ctx)
 
 
 def kv_page_scores(
@@ -107,12 +106,12 @@ def kv_page_scores(
 
 
 def seen_keys(starts, q, ctx: Context, page: int) -> Float[Array, 'B']:
-  """Keys seen by valid queries over all heads, given the pages listed."""
+  """Keys that the listed pages show to valid queries, all heads and shards."""
   group = q.shape[2] // starts.shape[1]
-  visible = ctx.positions[:, :, None, None] + 1 - starts[:, None]
-  visible = jnp.sum(jnp.clip(visible, 0, page), axis=(2, 3))
-  visible = jnp.where(ctx.valid, visible, 0) * group
-  return jnp.sum(visible, axis=1, dtype=jnp.float32)
+  keys = ctx.positions[:, :, None, None] + 1 - starts[:, None]
+  keys = jnp.sum(jnp.clip(keys, 0, page), axis=(2, 3)) * group
+  keys = jnp.sum(jnp.where(ctx.valid, keys, 0), axis=1, dtype=jnp.float32)
+  return jax.lax.psum(keys, ctx.axes.seq)
 
 
 METHOD = Method('quest', DensePrefill(), caches.CONFIGS['paged'], QuestDecode())

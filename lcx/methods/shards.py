@@ -68,10 +68,10 @@ def window(n_kv_heads: int, sliding_window: int | None) -> dict[str, Array]:
   """The model's own sliding window as arguments of the decode kernels."""
   if sliding_window is None:
     return {}
-  return dict(
-    sink=jnp.zeros((n_kv_heads,), jnp.int32),
-    window=jnp.full((n_kv_heads,), sliding_window, jnp.int32),
-  )
+  return {
+    'sink': jnp.zeros((n_kv_heads,), jnp.int32),
+    'window': jnp.full((n_kv_heads,), sliding_window, jnp.int32),
+  }
 
 
 def full_window(n: int) -> Int32[Array, 'n']:

@@ -9,6 +9,7 @@ outside sink and window can be found again.
 import dataclasses
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from kernels_pallas.block_sparse import (
   EVERYTHING,
@@ -19,7 +20,7 @@ from kernels_pallas.selected_token import attend_pages
 from lcx.cache import Paged
 from lcx.methods import shards
 from lcx.methods.base import Context, Decode, Method, Prefill, Rope, Trace
-from lcx.methods.dense import dense_pairs
+from lcx.methods.dense import decode_trace, dense_pairs
 
 SINK, RECENT = 4, 1020
 
@@ -55,7 +56,10 @@ class StreamingPrefill(Prefill):
       lengths=ctx.lengths,
       sliding_window=ctx.sliding_window,
     )
-    return out, cache, streaming_trace(self, q, ctx)
+    trace = None
+    if ctx.trace:
+      trace = Trace(seen(self, q, ctx), dense_pairs(q, ctx))
+    return out, cache, trace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +97,7 @@ class StreamingDecode(Decode):
       window=jnp.full((heads,), recent, jnp.int32),
     )
     out = shards.merged(part, ctx.axes).astype(q.dtype)
-    return out, cache, state, streaming_trace(self, q, ctx)
+    return out, cache, state, decode_trace(seen(self, q, ctx), q, ctx)
 
 
 def check_window(sink: int, recent: int) -> None:
@@ -102,14 +106,11 @@ def check_window(sink: int, recent: int) -> None:
     raise ValueError(f'{sink=} must be at least 0 and {recent=} at least 1')
 
 
-def streaming_trace(part, q, ctx: Context) -> Trace | None:
-  """Counts sink + window, or everything where that is less."""
-  if not ctx.trace:
-    return None
-  seen = jnp.minimum(ctx.positions + 1, part.sink + part.recent)
-  seen = jnp.sum(jnp.where(ctx.valid, seen, 0), axis=1, dtype=jnp.float32)
-  pairs = dense_pairs(q, ctx)
-  return Trace(keys=jnp.minimum(seen * q.shape[2], pairs), pairs=pairs)
+def seen(part, q, ctx: Context) -> Float[Array, 'B']:
+  """Keys seen: sink + window, or everything where that is less."""
+  keys = jnp.minimum(ctx.positions + 1, part.sink + part.recent)
+  keys = jnp.sum(jnp.where(ctx.valid, keys, 0), axis=1, dtype=jnp.float32)
+  return jnp.minimum(keys * q.shape[2], dense_pairs(q, ctx))
 
 
 METHOD = Method('streaming', StreamingPrefill(), Paged(), StreamingDecode())
