@@ -164,17 +164,20 @@ class Engine:
       shards=Shards(mesh['data'], mesh['seq'], mesh['model']),
     )
 
-    def make(layer):
-      cache = self.method.cache.init(dataclasses.replace(shape, layer=layer))
-      return cache, self.method.decode.init_state(shape)
+    layers = range(self.config.n_layers)
+
+    def make(*, plan):
+      caches = tuple(
+        plan.method.cache.init(dataclasses.replace(shape, layer=i))
+        for i in layers
+      )
+      states = tuple(plan.method.decode.init_state(shape) for _ in layers)
+      return jax.lax.with_sharding_constraint((caches, states), places)
 
     specs = (self.plan.cache_specs(), self.plan.state_specs())
-    places = sharding.named(self.mesh, specs)
-    made = [
-      jax.jit(functools.partial(make, i), out_shardings=places)()
-      for i in range(self.config.n_layers)
-    ]
-    return tuple(c for c, _ in made), tuple(s for _, s in made)
+    one = sharding.named(self.mesh, specs)
+    places = tuple((x,) * self.config.n_layers for x in one)
+    return self._call('empty', make)
 
   # Requests.
 
