@@ -287,7 +287,10 @@ def from_gguf(fields: dict[str, Any], where: str) -> Tokenizer:
   eos, eos_token = token('eos')
   ends = [eos, token('eot')[0], token('eom')[0]]
   ends += [vocab.get(t) for t in _END_TOKENS if t in special]
-  default = model == 'llama'
+  # llama.cpp's defaults where the file does not say: Llama 2's and Llama 3's
+  # tokenizers put their first token before a text.
+  pre = fields.get('tokenizer.ggml.pre')
+  default = model == 'llama' or pre in ('llama-bpe', 'llama3', 'llama-v3')
   first = fields.get('tokenizer.ggml.add_bos_token', default)
   last = fields.get('tokenizer.ggml.add_eos_token', False)
   pieces = [(bos_token, bos)] if first and bos is not None else []
