@@ -20,7 +20,7 @@ BIG = 2**30
 
 
 def ceil_div(a, b: int):
-  """a / b, rounded up."""
+  """The quotient a / b, rounded up."""
   return (a + b - 1) // b
 
 

@@ -37,7 +37,8 @@ def _attend(
 
   Args:
     q: [B T N H].
-    fetch: listed entries [B K chunk] -> k, v [B K chunk*tokens H].
+    fetch: (entries [B K chunk], number of the first) -> k, v
+      [B K chunk*tokens H].
     listed: [B K W]; -1: skipped.
     positions: [B K W], position of an entry's first token.
     tokens: tokens an entry stands for.
@@ -62,7 +63,7 @@ def _attend(
   def visit(j, carry):
     entry = lax.dynamic_slice_in_dim(listed, j * chunk, chunk, axis=2)
     start = lax.dynamic_slice_in_dim(positions, j * chunk, chunk, axis=2)
-    k, v = fetch(jnp.maximum(entry, 0))
+    k, v = fetch(jnp.maximum(entry, 0), j * chunk)
     s = (start[..., None] + jnp.arange(tokens)).reshape(b, kv, 1, -1)
     mask = jnp.repeat(entry >= 0, tokens, axis=2)[:, :, None] & (s <= at)
     if sink is not None:
@@ -93,26 +94,56 @@ def _chunk(block_sizes, b: int, kv: int, h: int, tokens: int) -> int:
 def attend_pages(
   q, pages, ids, starts, *, q_positions, sink, window, scale, block_sizes
 ) -> Partial:
-  """See `kernels_pallas.selected_token.attend_pages`."""
-  b, kv, _ = ids.shape
+  """See `kernels_pallas.selected_token.attend_pages`.
+
+  A pool that is a contiguous cache with every page at its own place (what
+  `contiguous` makes, entries of -1 aside) is sliced, not gathered: a third of
+  the bytes. Which it is, the ids say at run time.
+  """
+  b, kv, width = ids.shape
   h = q.shape[-1]
   chunk = _chunk(block_sizes, b, kv, h, pages.page)
 
-  def fetch(entry):
+  def attend(fetch, chunk):
+    return _attend(
+      q,
+      fetch,
+      ids,
+      starts,
+      pages.page,
+      q_positions=q_positions,
+      sink=sink,
+      window=window,
+      scale=scale,
+      chunk=chunk,
+    )
+
+  def gather(entry, first):
+    del first
     k, v = pages.read(entry, q.dtype)
     return k.reshape(b, kv, -1, h), v.reshape(b, kv, -1, h)
 
-  return _attend(
-    q,
-    fetch,
-    ids,
-    starts,
-    pages.page,
-    q_positions=q_positions,
-    sink=sink,
-    window=window,
-    scale=scale,
-    chunk=chunk,
+  if pages.k.shape[0] != b * kv * width or not width:
+    return attend(gather, chunk)
+  chunk = min(chunk, width)
+  # A chunk that does not divide the width would be sliced out of range.
+  chunk = next(c for c in range(chunk, 0, -1) if width % c == 0)
+
+  def cut(entry, first):
+    del entry
+
+    def piece(pool):
+      pool = pool.reshape(b, kv, width, *pool.shape[1:])
+      return lax.dynamic_slice_in_dim(pool, first, chunk, axis=2)
+
+    k, v = jax.tree.map(piece, pages).read((), q.dtype)
+    return k.reshape(b, kv, -1, h), v.reshape(b, kv, -1, h)
+
+  home = jnp.arange(b * kv * width, dtype=jnp.int32).reshape(ids.shape)
+  return lax.cond(
+    jnp.all((ids == home) | (ids < 0)),
+    lambda: attend(cut, chunk),
+    lambda: attend(gather, chunk),
   )
 
 
@@ -123,7 +154,8 @@ def attend_tokens(
   b, kv, _ = rows.shape
   chunk = _chunk(block_sizes, b, kv, q.shape[-1], 1)
 
-  def fetch(entry):
+  def fetch(entry, first):
+    del first
     return pages.tokens(entry).read((), q.dtype)
 
   return _attend(
