@@ -20,7 +20,7 @@ from lcx.tasks import haystacks, scores
 Count = Callable[[str], int]
 
 FILL = 0.95  # a sample that fills this share of its length is not enlarged
-TARGET = 0.98  # of the length: what the search for a size aims at
+TARGET = 0.975  # of the length: what the search for a size aims at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,7 +257,7 @@ def fit(
   """The draft whose tokens fill the length, and their number.
 
   Tokens grow nearly linearly with the size, so a secant needs two or three
-  counts of a whole prompt; bisection takes over where it does not.
+  counts of a whole prompt, and bisection hardly ever takes over.
   """
   best = draft(smallest)
   low, used = smallest, tokens(best)
@@ -266,7 +266,7 @@ def fit(
       f'{length=} is too short for {name}: its smallest sample takes {used} '
       'tokens, template and answer included'
     )
-  first, high, probe = used, None, smallest + 32
+  first, high, over, probe = used, None, 0, smallest + 32
   for step in range(64):
     if used >= FILL * length or (high is not None and high - low <= 1):
       break
@@ -277,12 +277,12 @@ def fit(
     if trial_tokens <= length:
       low, used, best = probe, trial_tokens, trial
     else:
-      high = probe
-    per_unit = max((trial_tokens - first) / max(probe - smallest, 1), 1e-3)
-    probe = smallest + int((TARGET * length - first) / per_unit)
-    if step > 6 and high is not None:
-      probe = (low + high) // 2
-    probe = max(probe, low + 1)
-    if high is not None:
-      probe = min(probe, high - 1)
+      high, over = probe, trial_tokens
+    if high is None:
+      per_unit = max((used - first) / max(low - smallest, 1), 1e-3)
+      probe = max(smallest + int((TARGET * length - first) / per_unit), low + 1)
+    else:
+      # Between the two: texts are denser here and there.
+      share = (TARGET * length - used) / (over - used) if step < 8 else 0.5
+      probe = low + max(1, min(int(share * (high - low)), high - low - 1))
   return best, used
