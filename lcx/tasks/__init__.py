@@ -50,7 +50,7 @@ def get_task(name: str, **changes: Any) -> Task:
 
   Raises:
     ValueError: there is no such task, it has no such parameter, or the
-      parameter's value is out of range.
+      parameter's value is of another type or out of range.
   """
   if name not in TASKS:
     raise ValueError(f'no task {name!r}; tasks: {", ".join(TASKS)}')
@@ -61,4 +61,15 @@ def get_task(name: str, **changes: Any) -> Task:
       f'{name} has no parameter {", ".join(wrong)}; it has '
       f'{", ".join(sorted(known))}'
     )
+  for key, value in changes.items():
+    default = getattr(task, key)
+    if isinstance(default, tuple) and isinstance(value, list):
+      changes[key] = tuple(value)
+    elif isinstance(default, float) and type(value) is int:
+      changes[key] = float(value)
+    elif type(value) is not type(default):
+      raise ValueError(
+        f'{name}: {key}={value!r} must be of type {type(default).__name__}, '
+        f'like its default {default!r}'
+      )
   return dataclasses.replace(task, **changes)

@@ -197,15 +197,9 @@ class Task(abc.ABC):
     text = haystacks.default_text() if haystack is None else haystack
     draw = Draw(self.name, seed, index)
     fixed = overhead + self.max_new_tokens
-
-    def tokens(draft: Draft) -> int:
-      asked = [join(q.text, q.answer_prefix) for q in draft.questions]
-      longest = asked[0] if len(asked) == 1 else max(asked, key=count)
-      return fixed + count(draft.system + draft.context + longest)
-
     draft, used = fit(
       lambda size: self.draft(size, draw, length, text),
-      tokens,
+      lambda draft: fixed + prompt_tokens(count, draft),
       self.smallest,
       length,
       self.name,
@@ -233,6 +227,16 @@ def join(text: str, answer_prefix: str) -> str:
   if not answer_prefix or answer_prefix[0].isspace() or text[-1:].isspace():
     return text + answer_prefix
   return f'{text}\n{answer_prefix}'
+
+
+def prompt_tokens(count: Count, texts: Draft | Sample) -> int:
+  """Tokens of system, context and longest question, each encoded by itself.
+
+  So the engine encodes them, to know where the context ends; a text encoded
+  whole takes no more, but for rare merges across the bounds.
+  """
+  asked = (count(join(q.text, q.answer_prefix)) for q in texts.questions)
+  return count(texts.system) + count(texts.context) + max(asked)
 
 
 def stream(*key: object) -> random.Random:

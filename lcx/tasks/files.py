@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from lcx.tasks import documents, frequencies, needles, variables
-from lcx.tasks.base import Count, Draft, Question, Sample, fit, join
+from lcx.tasks.base import Count, Draft, Question, Sample, fit, prompt_tokens
 
 _RULER = {
   task.name: task
@@ -261,13 +261,9 @@ def truncate_middle(
   Raises:
     ValueError: the prompt is too long even without a context.
   """
-  longest = max(
-    (join(q.text, q.answer_prefix) for q in sample.questions), key=len
-  )
 
-  def tokens(draft: Draft) -> int:
-    used = count(draft.system + draft.context + longest)
-    return overhead + sample.max_new_tokens + used
+  def tokens(texts: Draft | Sample) -> int:
+    return overhead + sample.max_new_tokens + prompt_tokens(count, texts)
 
   def draft(size: int) -> Draft:
     context = sample.context
@@ -275,12 +271,12 @@ def truncate_middle(
       context = context[: (size + 1) // 2] + context[len(context) - size // 2 :]
     return Draft(sample.system, context, sample.questions)
 
-  kept, used = draft(len(sample.context)), 0
-  used = tokens(kept)
+  context, used = sample.context, tokens(sample)
   if used > length:
     kept, used = fit(draft, tokens, 0, length, sample.task)
+    context = kept.context
   return dataclasses.replace(
-    sample, context=kept.context, length=length, tokens=used
+    sample, context=context, length=length, tokens=used
   )
 
 

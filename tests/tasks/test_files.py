@@ -142,7 +142,7 @@ def test_truncate_middle(count):
     max_new_tokens=32,
   )
   cut = tasks.truncate_middle(sample, count, 1000, overhead=20)
-  assert cut.tokens == count(cut.prompt(0)) + 52
+  assert 0 <= cut.tokens - (count(cut.prompt(0)) + 52) <= 2
   assert 950 <= cut.tokens <= 1000
   head, tail = cut.context[:500], cut.context[-500:]
   assert context.startswith(head) and context.endswith(tail)

@@ -64,12 +64,13 @@ def test_budgets_of_the_benchmarks():
 def test_length_is_filled_and_kept(count, name, length, seed, index, overhead):
   task = tasks.get_task(name)
   sample = task.sample(count, length, seed, index, overhead=overhead)
-  used = max(
-    count(sample.prompt(i)) + sample.max_new_tokens + overhead
-    for i in range(len(sample.questions))
-  )
-  assert used == sample.tokens <= length
-  assert used >= 0.9 * length
+  fixed = sample.max_new_tokens + overhead
+  spans = count(sample.system) + count(sample.context)
+  asked = [count(base.join(q.text, q.answer_prefix)) for q in sample.questions]
+  assert sample.tokens == fixed + spans + max(asked)
+  assert 0.9 * length <= sample.tokens <= length
+  for i in range(len(sample.questions)):
+    assert count(sample.prompt(i)) + fixed <= length
 
 
 @pytest.mark.parametrize('name', SEVERAL)
@@ -170,6 +171,11 @@ def test_unknown_names_and_parameters_are_refused():
     tasks.get_task('vt', jumps=3)
   with pytest.raises(ValueError, match='hops=-1 must be at least 0'):
     tasks.get_task('vt', hops=-1)
+  with pytest.raises(ValueError, match="hops='3' must be of type int"):
+    tasks.get_task('vt', hops='3')
+  with pytest.raises(ValueError, match='questions=True must be of type int'):
+    tasks.get_task('vt', questions=True)
+  assert tasks.get_task('code_run', levels=[2]).levels == (2,)
   with pytest.raises(ValueError, match='key_kind='):
     tasks.get_task('niah_single_1', key_kind='colours')
   with pytest.raises(ValueError, match='one question per context'):
