@@ -1,5 +1,6 @@
 """How every test runs: on the CPU, as 8 devices, compilations cached."""
 
+import importlib.util
 import os
 import pathlib
 
@@ -34,6 +35,12 @@ def pytest_configure(config):
   if config.getoption('--platform') != 'cpu':
     return
   os.environ['JAX_PLATFORMS'] = 'cpu'
+  # libtpu as a compiler on a machine without a TPU: ask no metadata server,
+  # and let two workers load it.
+  os.environ['TPU_SKIP_MDS_QUERY'] = '1'
+  os.environ['TPU_WORKER_HOSTNAMES'] = 'localhost'
+  os.environ['TPU_WORKER_ID'] = '0'
+  os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
   os.environ['XLA_FLAGS'] = ' '.join(
     (
       os.environ.get('XLA_FLAGS', ''),
@@ -46,10 +53,15 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-  """Skips GPU tests elsewhere; tests of a mesh share one worker."""
+  """Skips what needs a GPU or libtpu; tests of a mesh share one worker."""
   on_gpu = config.getoption('--platform') == 'gpu'
+  has_libtpu = importlib.util.find_spec('libtpu') is not None
   for item in items:
     if item.get_closest_marker('gpu') and not on_gpu:
       item.add_marker(pytest.mark.skip(reason='needs --platform=gpu'))
+    if item.get_closest_marker('tpu_aot') and not has_libtpu:
+      item.add_marker(
+        pytest.mark.skip(reason='needs libtpu: make test TPU=1 installs it')
+      )
     if item.get_closest_marker('mesh'):
       item.add_marker(pytest.mark.xdist_group('mesh'))
