@@ -2,10 +2,15 @@
 
 from lcx.cache.base import Cache, CacheConfig, CacheShape, Shards, Status
 from lcx.cache.dense import Dense, DenseCache
+from lcx.cache.paged import Paged
+from lcx.cache.paged_cache import PagedCache
 
 # Caches that a composition can name.
 CONFIGS = {
   'dense': Dense(),
+  'paged': Paged(),
+  'paged_int8': Paged(bits=8),
+  'paged_int4': Paged(bits=4),
 }
 
 __all__ = [
@@ -15,6 +20,8 @@ __all__ = [
   'CacheShape',
   'Dense',
   'DenseCache',
+  'Paged',
+  'PagedCache',
   'Shards',
   'Status',
 ]

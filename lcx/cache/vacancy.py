@@ -1,0 +1,78 @@
+"""Which pages of a pool are free.
+
+The table is the one truth: a page's holders are the table entries that name it
+(`holders`), and a page without one is free. `Vacancy` is a list of free pages
+made from that, so that an append only moves a cursor.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int32
+
+
+def holders(table: Int32[Array, '*n'], pages: int) -> Int32[Array, 'P']:
+  """How many table entries name each page."""
+  ids = table.reshape(-1)
+  ids = jnp.where(ids < 0, pages, ids)
+  return jnp.zeros((pages,), jnp.int32).at[ids].add(1, mode='drop')
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Vacancy:
+  """The free pages of a pool, in the order in which they are handed out.
+
+  Attributes:
+    order: int32 [P] page ids; those from `taken` on are free.
+    taken: int32 [1] cursor.
+  """
+
+  order: Int32[Array, 'P']
+  taken: Int32[Array, '1']
+
+  @classmethod
+  def all_free(cls, pages: int, shards: int = 1) -> 'Vacancy':
+    """Every page is free; `shards` pools of `pages`, each with local ids."""
+    return cls(
+      jnp.tile(jnp.arange(pages, dtype=jnp.int32), shards),
+      jnp.zeros((shards,), jnp.int32),
+    )
+
+  @classmethod
+  def without(cls, held: Int32[Array, 'P']) -> 'Vacancy':
+    """The pages that nobody holds, in ascending order."""
+    used = held > 0
+    order = jnp.argsort(~used, stable=True).astype(jnp.int32)
+    return cls(order, jnp.sum(used, dtype=jnp.int32, keepdims=True))
+
+  def grant(self, wanted: Bool[Array, 'B *n']) -> Bool[Array, 'B']:
+    """Which rows get all the pages they want, together.
+
+    The modest come first (ties: lower rows), so that as many rows as possible
+    go on and a row that wants nothing always does.
+    """
+    need = _per_row(wanted)
+    row = jnp.arange(need.shape[0])
+    before = (need < need[:, None]) | (
+      (need == need[:, None]) & (row <= row[:, None])
+    )
+    ahead = jnp.sum(jnp.where(before, need, 0), axis=1)
+    return ahead <= self.order.shape[0] - self.taken[0]
+
+  def take(
+    self, wanted: Bool[Array, 'B *n']
+  ) -> tuple[Int32[Array, 'B *n'], 'Vacancy']:
+    """A page for every True, -1 elsewhere; they must have been granted."""
+    flat = wanted.reshape(-1)
+    rank = jnp.cumsum(flat, dtype=jnp.int32) - 1
+    ids = self.order.at[self.taken[0] + rank].get(mode='clip')
+    ids = jnp.where(flat, ids, -1).reshape(wanted.shape)
+    total = jnp.sum(flat, dtype=jnp.int32)
+    return ids, dataclasses.replace(self, taken=self.taken + total)
+
+
+def _per_row(wanted: Bool[Array, 'B *n']) -> Int32[Array, 'B']:
+  axes = tuple(range(1, wanted.ndim))
+  return jnp.sum(wanted, axis=axes, dtype=jnp.int32)
