@@ -1,0 +1,1 @@
+"""Entry points: the one place that parses flags and writes files."""

@@ -1,0 +1,201 @@
+"""Answers: what a method says to each question of each sample, as rows."""
+
+import dataclasses
+import datetime
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from experiments import comparison
+from experiments.prompts import Template
+from experiments.results import Row
+
+DEGENERATE = 0.5  # density above which a sparse method is not sparse
+_PAGE = 64  # capacities are multiples of it
+# Spans are tokenised apart, which may take some tokens more than the text.
+_SEAMS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+  """One method with its numbers, under the name that the report shows."""
+
+  label: str
+  method: Any
+  code: str
+
+  @property
+  def parts(self) -> dict[str, str]:
+    """The row's fields prefill, cache and decode."""
+    m = self.method
+    return {
+      'prefill': repr(m.prefill),
+      'cache': repr(m.cache),
+      'decode': repr(m.decode),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """One row to be: where it stands in the tables, and its key."""
+
+  variant: Variant
+  protocol: str
+  task: str
+  length: int
+  sample: int
+  question: int
+  key: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """How answers are made, whatever the method; see `evaluate.Config`."""
+
+  samples: int
+  seed: int
+  batch: int
+  capacity: int
+  haystack: str | None
+  transfer_guard: str
+
+
+def answer(
+  places: Sequence[Place],
+  tasks: Mapping[str, Any],
+  model: Any,
+  setting: Setting,
+  say: Callable[[str], None],
+) -> Iterator[list[Row]]:
+  """Fills places, a prefill at a time, grouped by method and length.
+
+  Args:
+    places: the rows that are missing.
+    tasks: by label.
+    model: an `lcx.models.load.Model`.
+    setting: batch, seed and the like.
+    say: is told what is being done.
+
+  Yields:
+    The rows of one prefill, without what all rows of a run share.
+  """
+  template = Template(model.tokenizer)
+
+  @functools.lru_cache(maxsize=1024)
+  def draw(name: str, length: int, index: int):
+    sample = tasks[name].sample(
+      lambda text: len(model.tokenizer.encode(text)),
+      length,
+      setting.seed,
+      index,
+      setting.haystack,
+      overhead=template.overhead,
+    )
+    return sample, template.prompt(sample)
+
+  for (variant, length), group in _grouped(
+    places, lambda p: (p.variant, p.length)
+  ):
+    engine = make_engine(model, variant.method, length, setting)
+    # A sample's neighbours in its batch are the same after a restart.
+    for (protocol, name, number), wanted in _grouped(
+      group, lambda p: (p.protocol, p.task, p.sample // setting.batch)
+    ):
+      say(f'{variant.label} {name} {length}')
+      first = number * setting.batch
+      until = min(first + setting.batch, setting.samples)
+      drawn = [draw(name, length, index) for index in range(first, until)]
+      with jax.transfer_guard(setting.transfer_guard):
+        answers = engine.generate(
+          [prompt for _, prompt in drawn],
+          max(sample.max_new_tokens for sample, _ in drawn),
+          tuple(model.tokenizer.eos_ids),
+          protocol=protocol,
+        )
+      yield [
+        _row(
+          p,
+          tasks[name],
+          drawn[p.sample - first][0],
+          answers[p.sample - first][p.question],
+          model.tokenizer,
+        )
+        for p in wanted
+      ]
+
+
+def make_engine(model: Any, method: Any, length: int, setting: Setting) -> Any:
+  """An engine whose cache holds `length` tokens, in whole pages."""
+  from lcx.engine import Engine
+
+  capacity = setting.capacity or -(-(length + _SEAMS) // _PAGE) * _PAGE
+  return Engine(
+    model.config,
+    model.weights,
+    method,
+    capacity=capacity,
+    batch=setting.batch,
+  )
+
+
+def _grouped(places: Sequence[Place], key: Callable[[Place], Any]):
+  """(key, its places), in the order in which keys first come."""
+  groups: dict[Any, list[Place]] = {}
+  for place in places:
+    groups.setdefault(key(place), []).append(place)
+  return groups.items()
+
+
+def _row(
+  place: Place, task: Any, sample: Any, answer: Any, tokenizer: Any
+) -> Row:
+  """What one question gave; a fault has a status and no score."""
+  ids = list(answer.tokens)
+  if ids and ids[-1] in tokenizer.eos_ids:
+    ids.pop()
+  text = tokenizer.decode(ids)
+  good = answer.status == 'ok'
+  question = sample.questions[place.question]
+  return {
+    'key': place.key,
+    'method': place.variant.label,
+    **place.variant.parts,
+    'protocol': place.protocol,
+    'task': place.task,
+    'length': place.length,
+    'sample': place.sample,
+    'question': place.question,
+    'status': answer.status,
+    'score': task.score(sample, place.question, text) if good else None,
+    'prediction': text,
+    'answer': ' | '.join(question.answers),
+    'depth': question.depths[0] if question.depths else None,
+    'digest': sample.digest,
+    'prompt_tokens': answer.prompt_tokens,
+    'new_tokens': len(answer.tokens),
+    'keys_attended': _finite(answer.keys_attended),
+    'density': _finite(answer.density),
+    'prefill_density': _finite(answer.prefill_density),
+    'decode_density': _finite(answer.decode_density),
+    'degenerate': place.variant.label != comparison.BASELINE
+    and answer.density > DEGENERATE,
+    'prefill_ms': _finite(answer.prefill_ms),
+    'decode_ms_per_token': _finite(answer.decode_ms_per_token),
+    'kv_bytes': answer.kv_bytes,
+    'host_bytes': answer.host_bytes,
+    'peak_bytes': answer.peak_bytes,
+    'compilations': answer.compilations,
+    'compile_s': _finite(answer.compile_s),
+    **{f'count_{k}': _finite(v) for k, v in answer.counters.items()},
+    'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+  }
+
+
+def _finite(value: float | None) -> float | None:
+  """A number that JSON has, rounded to what was measured."""
+  if value is None or not math.isfinite(value):
+    return None
+  return float(f'{value:.6g}')

@@ -1,0 +1,309 @@
+"""Quality: model x method x task x length x sample, one row a question.
+
+Rows go to results.jsonl as they are made (experiments/results.py); a run looks
+first for the rows that are there. A row's key is a hash of everything that
+decides it: the code (experiments/environment.py), the versions and the device,
+the model's SHA-256, the method's parts with their numbers, the task, protocol,
+length, sample and seed. The report is computed from the rows in the config's
+order, so it does not depend on how often the run was cut off.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import tqdm
+
+from experiments import answers, environment, files, models, report
+from experiments.answers import Place, Variant
+from experiments.errors import Failure
+from experiments.results import Results, Row, key_of, write_json
+
+_FAULTS = {
+  'nan': 'NaN or infinity in the logits (try --config.dtype=float32)',
+  'out_of_pages': 'the cache ran out of pages (raise --config.capacity)',
+}
+
+Protocol = Literal['whole', 'context_first']
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """What to evaluate.
+
+  Attributes:
+    title: of the report.
+    model: a Hugging Face folder, a GGUF file, or `preset:NAME` for random
+      weights of a preset's shape.
+    methods: label -> the numbers of a method; `method` names it where the label
+      is another word, so that one method may stand with several budgets.
+    tasks: label -> the fields of a task; `task` names it likewise. With a field
+      `file`, the samples of a benchmark's JSONL file (experiments/files.py).
+    lengths: tokens, template and answer included.
+    samples: contexts a task and length.
+    protocols: `whole`: context and question together; `context_first`: the
+      context is prefilled before the question is seen.
+    seed: of the samples (and of random weights).
+    dtype: of weights and activations.
+    batch: sequences a prefill.
+    capacity: tokens of the cache; 0: the length, in whole pages.
+    max_new_tokens: of an answer; 0: what the task says.
+    haystack: a text file to hide things in; '': Python's own documentation.
+    transfer_guard: JAX's guard against implicit transfers between host and
+      device while an answer is made.
+  """
+
+  model: str
+  methods: dict[str, dict[str, Any]]
+  tasks: dict[str, dict[str, Any]]
+  lengths: tuple[int, ...]
+  samples: int
+  title: str = 'evaluation'
+  protocols: tuple[Protocol, ...] = ('whole',)
+  seed: int = 0
+  dtype: Literal['float32', 'bfloat16'] = 'float32'
+  batch: int = 1
+  capacity: int = 0
+  max_new_tokens: int = 0
+  haystack: str = ''
+  transfer_guard: Literal['allow', 'log', 'disallow'] = 'allow'
+
+  def __post_init__(self):
+    for name in ('methods', 'tasks', 'lengths', 'protocols'):
+      if not getattr(self, name):
+        raise ValueError(f'config.{name} is empty')
+    for name, low in (('samples', 1), ('batch', 1), ('seed', 0)):
+      if getattr(self, name) < low:
+        raise ValueError(f'config.{name}={getattr(self, name)}: at least {low}')
+    for name in ('capacity', 'max_new_tokens'):
+      if getattr(self, name) < 0:
+        raise ValueError(f'config.{name}={getattr(self, name)} is negative')
+    if min(self.lengths) < 1:
+      raise ValueError(f'config.lengths={self.lengths}: positive numbers')
+    if self.capacity and self.capacity < max(self.lengths):
+      raise ValueError(
+        f'config.lengths: {max(self.lengths)} tokens do not fit into '
+        f'config.capacity={self.capacity}; raise it, or leave it at 0'
+      )
+
+
+def run(config: Config, workdir: pathlib.Path) -> None:
+  """Computes the rows that are missing, then writes and prints the report.
+
+  Raises:
+    ValueError: the config asks for what cannot be.
+    OSError: the model cannot be read, or the workdir cannot be written.
+    Failure: some rows have no score.
+  """
+  variants = [_variant(label, f) for label, f in config.methods.items()]
+  tasks = {
+    label: _task(label, f, config.max_new_tokens)
+    for label, f in config.tasks.items()
+  }
+  source = models.find(config.model, config.seed)
+  where = environment.describe()
+  places = _places(config, variants, tasks, source, where)
+  origin = _origin(config, source, where)
+  with Results(workdir / 'results.jsonl') as results:
+    write_json(workdir / 'config.json', _config_json(config, variants))
+    write_json(workdir / 'env.json', where)
+    missing = [p for p in places if not _done(results.rows.get(p.key))]
+    if missing:
+      with _progress(len(places), len(places) - len(missing)) as bar:
+        for rows in _answers(config, missing, tasks, source, bar):
+          results.append(row | origin for row in rows)
+          bar.update(len(rows))
+    rows = [results.rows[p.key] for p in places]
+    _report(config, workdir, rows, source)
+
+
+def _variant(label: str, fields: dict[str, Any]) -> Variant:
+  from lcx import methods
+
+  numbers = dict(fields)
+  name = numbers.pop('method', label)
+  flat: dict[str, Any] = {}
+  for key, value in numbers.items():
+    if isinstance(value, dict):
+      flat |= {f'{key}.{inner}': v for inner, v in value.items()}
+    else:
+      flat[key] = value
+  try:
+    method = methods.get_method(name, **flat)
+  except ValueError as error:
+    raise ValueError(f'config.methods.{label}: {error}') from error
+  modules = {
+    type(part).__module__.rpartition('.')[2]
+    for part in (method.prefill, method.cache, method.decode)
+  }
+  return Variant(label, method, environment.code_version(sorted(modules)))
+
+
+def _task(label: str, fields: dict[str, Any], max_new_tokens: int) -> Any:
+  from lcx import tasks
+
+  numbers = dict(fields)
+  name = numbers.pop('task', label)
+  try:
+    if 'file' in numbers:
+      return files.open_file(max_new_tokens=max_new_tokens, **numbers)
+    task = tasks.get_task(name, **numbers)
+  except ValueError as error:
+    raise ValueError(f'config.tasks.{label}: {error}') from error
+  if max_new_tokens:
+    task = dataclasses.replace(task, max_new_tokens=max_new_tokens)
+  return task
+
+
+def _places(
+  config: Config,
+  variants: Sequence[Variant],
+  tasks: dict[str, Any],
+  source: models.Source,
+  where: dict[str, Any],
+) -> list[Place]:
+  """All rows of the report, in its order."""
+  shared = {
+    'versions': {k: where['versions'][k] for k in ('jax', 'jaxlib')},
+    'device': where['device'],
+    'model': source.name,
+    'model_sha256': source.sha256,
+    'seed': config.seed,
+    'dtype': config.dtype,
+    'batch': config.batch,
+    'capacity': config.capacity,
+    'haystack': _digest(config),
+  }
+  places = []
+  for protocol, (label, task), length, sample in itertools.product(
+    config.protocols, tasks.items(), config.lengths, range(config.samples)
+  ):
+    if sample >= getattr(task, 'size', sample + 1):
+      continue  # a file holds no more
+    for variant, question in itertools.product(variants, range(task.questions)):
+      identity = {
+        'code': variant.code,
+        'method': variant.label,
+        'protocol': protocol,
+        'task': label,
+        'task_fields': repr(task),
+        'length': length,
+        'sample': sample,
+        'question': question,
+        **variant.parts,
+        **shared,
+      }
+      places.append(
+        Place(
+          variant, protocol, label, length, sample, question, key_of(identity)
+        )
+      )
+  return places
+
+
+def _done(row: Row | None) -> bool:
+  return row is not None and row['status'] == 'ok'
+
+
+def _progress(total: int, done: int) -> tqdm.tqdm:
+  return tqdm.tqdm(
+    total=total,
+    initial=done,
+    unit='row',
+    dynamic_ncols=True,
+    smoothing=0.1,
+    mininterval=0.2 if sys.stderr.isatty() else 20,
+  )
+
+
+def _answers(
+  config: Config,
+  missing: Sequence[Place],
+  tasks: dict[str, Any],
+  source: models.Source,
+  bar: tqdm.tqdm,
+) -> Iterator[list[Row]]:
+  bar.set_description_str('loading the model')
+  setting = answers.Setting(
+    samples=config.samples,
+    seed=config.seed,
+    batch=config.batch,
+    capacity=config.capacity,
+    haystack=_haystack(config),
+    transfer_guard=config.transfer_guard,
+  )
+  model = models.load(source, config.dtype)
+  return answers.answer(missing, tasks, model, setting, bar.set_description_str)
+
+
+def _digest(config: Config) -> str:
+  text = _haystack(config)
+  return '' if text is None else hashlib.sha256(text.encode()).hexdigest()
+
+
+def _haystack(config: Config) -> str | None:
+  if not config.haystack:
+    return None
+  text = pathlib.Path(config.haystack).read_text('utf-8')
+  if not text.strip():
+    raise ValueError(f'config.haystack={config.haystack!r} is empty')
+  return text
+
+
+def _origin(
+  config: Config, source: models.Source, where: dict[str, Any]
+) -> Row:
+  return {
+    'seed': config.seed,
+    'dtype': config.dtype,
+    'model': source.name,
+    'model_sha256': source.sha256,
+    'device': where['device'],
+    'versions': ' '.join(f'{k}={v}' for k, v in where['versions'].items()),
+    'git': where['git'],
+  }
+
+
+def _config_json(config: Config, variants: Sequence[Variant]) -> dict[str, Any]:
+  return {
+    'kind': 'evaluate',
+    **dataclasses.asdict(config),
+    'resolved': {v.label: {**v.parts, 'code': v.code} for v in variants},
+  }
+
+
+def _report(
+  config: Config,
+  workdir: pathlib.Path,
+  rows: Sequence[Row],
+  source: models.Source,
+) -> None:
+  """Writes and prints the report; raises Failure where a row has no score."""
+  facts = {
+    'command': f'python -m experiments.run {" ".join(sys.argv[1:])}',
+    'model': f'{source.name}, {config.dtype}, SHA-256 {source.sha256}',
+    'device': ', '.join(dict.fromkeys(r['device'] for r in rows)),
+    'versions': ', '.join(dict.fromkeys(r['versions'] for r in rows)),
+    'git': ', '.join(dict.fromkeys(r['git'] for r in rows)),
+    'samples': f'{config.samples} a task and length, seed {config.seed}',
+    **{
+      f'method {label}': f'{v["prefill"]}, {v["cache"]}, {v["decode"]}'
+      for label, v in {r['method']: r for r in rows}.items()
+    },
+  }
+  print(report.terminal(rows))
+  report.write(workdir, config.title, rows, facts)
+  print(f'{len(rows)} rows; report: {workdir / "report.html"}')
+  bad = [r for r in rows if r['score'] is None]
+  if bad:
+    r = bad[0]
+    what = _FAULTS.get(r['status'], r['status'])
+    raise Failure(
+      f'{len(bad)} of {len(rows)} rows have no score; the first: {what}: '
+      f'method {r["method"]}, task {r["task"]}, length {r["length"]}, '
+      f'sample {r["sample"]}; the same command tries them again'
+    )

@@ -1,0 +1,148 @@
+"""Rows on disk: one JSON object a line, found again by a key.
+
+A run directory's `results.jsonl` only ever grows. A line is written by one
+`write` and synchronised before `append` returns; a line cut by a kill is cut
+away when the file is opened again, and a line that the disk had no room for is
+taken back at once. Rows of other configs may stand in the same file: a reader
+asks for the keys it wants.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from absl import logging
+
+Row = dict[str, Any]
+
+
+def key_of(identity: Mapping[str, Any]) -> str:
+  """The key of a row: 32 hex digits of BLAKE2 over canonical JSON.
+
+  Args:
+    identity: everything that decides the row's content; values are JSON's own
+      types and tuples.
+  """
+  text = json.dumps(identity, sort_keys=True, separators=(',', ':'))
+  return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+class Results:
+  """The rows of one run directory, newest row of each key.
+
+  Attributes:
+    path: the file.
+    rows: by key.
+    repaired: bytes of a torn last line that were cut away.
+    skipped: numbers of complete lines that are not rows (kept in the file).
+  """
+
+  def __init__(self, path: str | os.PathLike):
+    """Reads what is there and opens the file for appending.
+
+    Raises:
+      OSError: the file or its folder cannot be made, read or written.
+      ValueError: another process is writing to this file.
+    """
+    self.path = pathlib.Path(path)
+    self.rows: dict[str, Row] = {}
+    self.repaired = 0
+    self.skipped: list[int] = []
+    self.path.parent.mkdir(parents=True, exist_ok=True)
+    self._file = os.open(
+      self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644
+    )
+    try:
+      fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      os.close(self._file)
+      raise ValueError(
+        f'{self.path}: another run writes here; wait for it or choose another '
+        '--workdir'
+      ) from None
+    self._read()
+
+  def _read(self) -> None:
+    data = self.path.read_bytes()
+    whole = data.rfind(b'\n') + 1
+    if whole < len(data):
+      self.repaired = len(data) - whole
+      os.ftruncate(self._file, whole)
+      logging.warning(
+        '%s: cut away a torn last line of %d bytes', self.path, self.repaired
+      )
+    for number, line in enumerate(data[:whole].split(b'\n')[:-1], 1):
+      try:
+        row = json.loads(line)
+        self.rows[row['key']] = row
+      except (ValueError, KeyError, TypeError):
+        self.skipped.append(number)
+    if self.skipped:
+      logging.warning(
+        '%s: lines %s are no rows and are ignored', self.path, self.skipped
+      )
+
+  def append(self, rows: Iterable[Row]) -> None:
+    """Writes rows, all or none, and returns when they are on the disk.
+
+    Raises:
+      OSError: no room; what stood in the file before still stands there.
+    """
+    rows = list(rows)
+    data = ''.join(
+      json.dumps(row, ensure_ascii=False, allow_nan=False) + '\n'
+      for row in rows
+    ).encode(errors='replace')
+    size = os.fstat(self._file).st_size
+    try:
+      written = 0
+      while written < len(data):
+        written += os.write(self._file, data[written:])
+      os.fsync(self._file)
+    except OSError as error:
+      os.ftruncate(self._file, size)
+      error.filename = str(self.path)
+      raise
+    self.rows.update((row['key'], row) for row in rows)
+
+  def close(self) -> None:
+    """Gives the lock back."""
+    if self._file >= 0:
+      os.close(self._file)
+      self._file = -1
+
+  def __enter__(self) -> 'Results':
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
+
+
+def write_file(path: str | os.PathLike, data: str | bytes) -> None:
+  """Replaces a file at once: readers see the old one or the new one, whole.
+
+  Raises:
+    OSError: the old file, if any, is untouched.
+  """
+  path = pathlib.Path(path)
+  draft = path.with_name(f'.{path.name}.new')
+  raw = data.encode(errors='replace') if isinstance(data, str) else data
+  try:
+    with open(draft, 'wb') as f:
+      f.write(raw)
+      f.flush()
+      os.fsync(f.fileno())
+    os.replace(draft, path)
+  except OSError as error:
+    draft.unlink(missing_ok=True)
+    error.filename = str(path)
+    raise
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+  """Writes indented JSON in the order of the keys; see `write_file`."""
+  write_file(path, json.dumps(value, indent=2, ensure_ascii=False) + '\n')
