@@ -165,6 +165,11 @@ class Part:
     """Raises ValueError where the model or the capacity cannot be served."""
     del config, capacity
 
+  def misfit(self, cache: Any) -> str | None:
+    """Why this part's numbers and the cache config's clash; None: they fit."""
+    del cache
+    return None
+
 
 class Prefill(Part):
   """Attention over the prompt. Subclass as a frozen dataclass.

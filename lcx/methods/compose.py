@@ -183,6 +183,9 @@ def why_not(method: Method) -> str | None:
         f'{method.name}: {part} needs {sorted(missing)}, but the composition '
         f'provides {sorted(provided)}'
       )
+    clash = getattr(method, part).misfit(method.cache)
+    if clash:
+      return f'{method.name}: {clash}'
   return None
 
 

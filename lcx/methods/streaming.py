@@ -81,6 +81,16 @@ class StreamingDecode(Decode):
   def check(self, config, capacity: int) -> None:
     check_window(self.sink, self.recent)
 
+  def misfit(self, cache) -> str | None:
+    if 'all_tokens' in cache.provides:
+      return None
+    if self.sink > cache.sink or self.recent > cache.recent:
+      return (
+        f'decode sees sink={self.sink} and recent={self.recent} tokens, but '
+        f'the cache keeps sink={cache.sink} and recent={cache.recent}'
+      )
+    return None
+
   def attend(self, q, k, v, rope: Rope, cache, state, ctx: Context):
     cache = shards.append(cache, k, rope(k, ctx.positions), v, ctx)
     heads = k.shape[2]
@@ -113,4 +123,9 @@ def seen(part, q, ctx: Context) -> Float[Array, 'B']:
   return jnp.minimum(keys * q.shape[2], dense_pairs(q, ctx))
 
 
-METHOD = Method('streaming', StreamingPrefill(), Paged(), StreamingDecode())
+METHOD = Method(
+  'streaming',
+  StreamingPrefill(),
+  Paged(ring_heads='all', sink=SINK, recent=RECENT, stats='none'),
+  StreamingDecode(),
+)

@@ -159,7 +159,7 @@ def test_every_legal_composition_runs(weights):
       make_engine(weights, exact or method), prompts, steps=2
     )
     assert np.all(np.isfinite(scores)), method.name
-    if exact and caches.CONFIGS[cache].exact:
+    if exact and getattr(caches.CONFIGS[cache], 'bits', 16) >= 16:
       assert tokens == want_tokens, method.name
       chex.assert_trees_all_close(scores, want, rtol=2e-3, atol=2e-3)
 
