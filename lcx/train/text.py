@@ -1,0 +1,102 @@
+"""Natural text to hide things in: where it comes from, how it is split.
+
+The default is the prose of docstrings in installed packages (BSD, Apache and
+PSF licences), so that nothing is downloaded and nothing is shipped. A user's
+own files may take its place.
+"""
+
+import ast
+import hashlib
+import importlib.util
+import pathlib
+import re
+
+PACKAGES = ('numpy', 'scipy', 'jax')
+_SHORTEST = 160  # characters of a paragraph worth reading
+_HELD_OUT = 16  # one paragraph in so many is never trained on
+
+
+def held_out(text: str, share: int = _HELD_OUT) -> bool:
+  """Whether a text, by its SHA-256, belongs to evaluation."""
+  return hashlib.sha256(text.encode()).digest()[0] % share == 0
+
+
+def paragraphs(text: str) -> list[str]:
+  """Blocks between empty lines, joined to one line each; no code, tables."""
+  found = []
+  for block in re.split(r'\n\s*\n', text):
+    line = ' '.join(block.split())
+    letters = sum(c.isalpha() or c == ' ' for c in line)
+    if len(line) >= _SHORTEST and letters > 0.85 * len(line):
+      found.append(line)
+  return found
+
+
+def docstrings(package: str) -> list[str]:
+  """Paragraphs of all docstrings of an installed package, in file order.
+
+  Raises:
+    ValueError: the package is not installed.
+  """
+  spec = importlib.util.find_spec(package)
+  if spec is None or not spec.submodule_search_locations:
+    raise ValueError(f'text source {package!r} is not an installed package')
+  root = pathlib.Path(spec.submodule_search_locations[0])
+  found = []
+  for path in sorted(root.rglob('*.py')):
+    if 'tests' in path.parts:
+      continue
+    try:
+      tree = ast.parse(path.read_text(encoding='utf-8'))
+    except (SyntaxError, ValueError):
+      continue
+    for node in ast.walk(tree):
+      if isinstance(
+        node,
+        ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef,
+      ):
+        found.extend(paragraphs(ast.get_docstring(node) or ''))
+  return found
+
+
+def read(path: str) -> list[str]:
+  """Paragraphs of a text file.
+
+  Raises:
+    ValueError: the file is empty, not UTF-8 text, or holds no prose.
+    OSError: it cannot be read.
+  """
+  raw = pathlib.Path(path).read_bytes()
+  if not raw.strip():
+    raise ValueError(f'text file {path} is empty')
+  if b'\0' in raw:
+    raise ValueError(f'text file {path} is binary: it holds NUL bytes')
+  try:
+    text = raw.decode('utf-8')
+  except UnicodeDecodeError as error:
+    raise ValueError(f'text file {path} is not UTF-8: {error}') from error
+  found = paragraphs(text)
+  if not found:
+    raise ValueError(
+      f'text file {path} has no paragraph of {_SHORTEST} characters of prose'
+    )
+  return found
+
+
+def split(sources: tuple[str, ...] = PACKAGES) -> tuple[list[str], list[str]]:
+  """Paragraphs to train on and to hold out; duplicates fall out.
+
+  Args:
+    sources: names of installed packages, or paths of text files (anything
+      with a dot or a slash).
+
+  Returns:
+    (training, held out), decided paragraph by paragraph by SHA-256.
+  """
+  seen: dict[str, None] = {}
+  for source in sources:
+    is_path = '/' in source or '.' in source
+    for line in read(source) if is_path else docstrings(source):
+      seen.setdefault(line)
+  train = [line for line in seen if not held_out(line)]
+  return train, [line for line in seen if held_out(line)]
