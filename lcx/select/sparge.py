@@ -1,0 +1,192 @@
+"""SpargeAttn, first stage: key blocks by the softmax of block means.
+
+Zhang et al., "SpargeAttn: accurate sparse attention accelerating any model
+inference", arXiv:2502.18137, section 3.2, as its code does it:
+
+  q^[I], k^[J]: means of a block's rows
+  sim(X) = mean of the Gram matrix of X's L2-normalised rows
+         = |mean of the normalised rows|^2
+  P[I] = softmax_J(q^[I] . k^[J] / sqrt(H)), over similar causal J alone
+  row I: the fewest J whose P reaches the threshold (or a fixed share of them)
+  and every J that is not similar; all causal J where q block I is not similar
+
+The mean of a block that is not similar says nothing about it, so such a block
+is never skipped. The code stops one block earlier than "reaches the threshold"
+(it counts cumulative sums <= tau); the paper's rule is used here. Costs
+2 (T / block_q) (S / block_k) N H FLOPs and one reading of q and k.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int32
+
+from lcx.select.block_rows import (
+  Chunk,
+  Selected,
+  blocks_at_density,
+  by_chunks,
+  check_budget,
+  choose,
+  list_width,
+  padded,
+  rows_at,
+  share,
+  to_list,
+)
+
+# Query blocks at a time: float32 elements of all heads' scores (32 MiB).
+_KEPT = 2**23
+_PIECE = 2**24  # elements of k read at a time
+
+
+def sparge(
+  q: Float[Array, 'B T N H'],
+  k: Float[Array, 'B K S H'],
+  *,
+  q_start: Int32[Array, 'B'],
+  lengths: Int32[Array, 'B'],
+  threshold: float | None = None,
+  density: float | None = None,
+  similarity: float = 0.6,
+  width: int | None = None,
+  dense_below: int = 0,
+  scale: float | None = None,
+  block_q: int = 128,
+  block_k: int = 128,
+  axis: str | None = None,
+) -> Selected:
+  """Lists of the key blocks whose means promise most.
+
+  Args:
+    q: rotated queries; query i of row b stands at q_start[b] + i.
+    k: rotated keys; with `axis`, this shard's piece of the sequence.
+    q_start: position of each row's first query.
+    lengths: keys of each row, over all shards.
+    threshold: share of P that a row's blocks must reach (0.98 in the code).
+    density: a fixed budget instead: this share of the row's causal blocks (the
+      code's recommended `topk`, 0.5, with similarity -0.1).
+    similarity: least self-similarity of a block whose mean is trusted.
+    width: most blocks of a row; None: what 256 MiB of lists allow.
+    dense_below: rows of the batch with at most so many keys list all blocks.
+    scale: of the scores; None: H**-0.5.
+    block_q: queries that share a list.
+    block_k: keys of a block.
+    axis: mesh axis that shards the sequence. Means are taken where keys live
+      and gathered: 4 K S H / block_k bytes.
+
+  Returns:
+    The lists, the captured share of P and what the width cut off.
+
+  Raises:
+    ValueError: a budget outside (0, 1], a similarity outside [-1, 1], a width
+      that cannot hold sink and diagonal.
+  """
+  check_budget(threshold, density)
+  if not -1 <= similarity <= 1:
+    raise ValueError(f'{similarity=} must lie in [-1, 1]')
+  shards = 1 if axis is None else lax.axis_size(axis)
+  if shards > 1 and k.shape[2] % block_k:
+    raise ValueError(f'{block_k=} must divide a shard of {k.shape[2]} keys')
+  q, k = padded(q, 1, block_q), padded(k, 2, block_k)
+  batch, t, heads, h = q.shape
+  kv_heads, s = k.shape[1], k.shape[2]
+  group = heads // kv_heads
+  tb, sb = t // block_q, s // block_k * shards
+  # No bound by density: blocks that are not similar come on top of it.
+  width = list_width(
+    width,
+    batch * heads * tb,
+    sb,
+    block_q,
+    block_k,
+    dense_below=dense_below,
+  )
+  scale = h**-0.5 if scale is None else scale
+  chunk = max(1, min(_KEPT // (batch * heads * sb), tb))
+
+  first_key = 0 if shards == 1 else lax.axis_index(axis) * s
+  valid = first_key + jnp.arange(s) < lengths[:, None]
+  valid = valid.reshape(batch, -1, block_k)
+  # Key blocks go in pieces; XLA on a CPU makes float32 copies of what it reads.
+  n = s // block_k
+  pieces = next(d for d in range(-(-s * h // _PIECE), n + 1) if n % d == 0)
+  row = jnp.arange(batch * kv_heads) // kv_heads
+  means, trusted = lax.map(
+    lambda args: _means(*args, similarity),
+    (
+      k.reshape(batch * kv_heads * pieces, -1, block_k, h),
+      valid[row].reshape(batch * kv_heads * pieces, -1, block_k),
+    ),
+  )
+  means = means.reshape(batch, kv_heads, n, h)
+  trusted = trusted.reshape(batch, kv_heads, n)
+  if shards > 1:
+    means, trusted = (
+      lax.all_gather(x, axis, axis=2, tiled=True) for x in (means, trusted)
+    )
+  trusted = trusted[:, :, None, None]  # [B K 1 1 Sb]
+
+  def make(first):
+    index = first + jnp.arange(chunk)
+    at = rows_at(q_start, lengths, index, block_q, dense_below)
+    piece = lax.dynamic_slice_in_dim(q, first * block_q, chunk * block_q, 1)
+    piece = piece.reshape(batch, chunk, block_q, kv_heads, group, h)
+    piece = piece.transpose(0, 3, 4, 1, 2, 5)
+    valid = at.first[..., None] + jnp.arange(block_q) <= at.last[..., None]
+    mean, similar = _means(piece, valid[:, None, None], similarity)
+    score = jnp.einsum(
+      'bkgch,bkjh->bkgcj', mean, means, precision=lax.Precision.HIGHEST
+    )
+    reachable = at.reachable(sb, block_k)[:, None, None]
+    score = jnp.where(reachable & trusted, score * scale, -jnp.inf)
+    top = jnp.max(score, axis=-1, keepdims=True)
+    score = jnp.exp(score - jnp.where(top > -jnp.inf, top, 0.0))
+    full = lambda x: jnp.broadcast_to(x, score.shape)  # noqa: E731
+    rule = {
+      'reachable': full(reachable),
+      'forced': full(at.forced(sb, block_k)[:, None, None]),
+      'always': full(~trusted),
+    }
+    budget = sb
+    if density is not None:
+      budget = blocks_at_density(rule['reachable'], density)
+      # What must not be skipped comes on top of a fixed budget.
+      extra = rule['reachable'] & rule['always'] & ~rule['forced']
+      budget += jnp.sum(extra, axis=-1, keepdims=True, dtype=jnp.int32)
+    budget = jnp.where(similar[..., None], budget, sb)
+    if threshold is not None:
+      rule['threshold'] = jnp.where(similar[..., None], threshold, 1.0)
+    chosen = choose(score, limit=jnp.minimum(budget, width), **rule)
+    captured = share(score, chosen)
+    cut = jnp.zeros_like(captured)
+    if width < sb:
+      whole = share(score, choose(score, limit=budget, **rule))
+      cut = jnp.maximum(whole - captured, 0.0)
+    return Chunk(*to_list(chosen, width), captured, cut)
+
+  return by_chunks(
+    make,
+    n_blocks=tb,
+    chunk=chunk,
+    shape=(batch, heads, kv_heads),
+    width=width,
+    block_q=block_q,
+    block_k=block_k,
+  )
+
+
+def _means(
+  x: Float[Array, '*A c r H'], valid: Bool[Array, '*a c r'], similarity: float
+) -> tuple[Float[Array, '*A c H'], Bool[Array, '*A c']]:
+  """Mean of each block's rows that are no padding, and whether it is similar.
+
+  A block of padding alone counts as similar.
+  """
+  x = jnp.where(valid[..., None], x, 0).astype(jnp.float32)
+  count = jnp.sum(valid, axis=-1)[..., None]
+  one = jnp.maximum(count, 1)
+  norm = lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-30))
+  direction = jnp.sum(x * norm, axis=-2) / one
+  gram = jnp.sum(direction * direction, axis=-1)
+  similar = (gram > similarity) | (count[..., 0] == 0)
+  return jnp.sum(x, axis=-2) / one, similar

@@ -1,0 +1,231 @@
+"""MInference's vertical-slash pattern, in blocks.
+
+Jiang et al., "MInference 1.0: accelerating pre-filling for long-context LLMs
+via dynamic sparse attention", arXiv:2407.02490, section 3.2 and Algorithm 1.
+Per head, from the softmax A of the last 64 queries over all keys:
+
+  vertical[s] = sum over the queries of A[., s]; the best `columns` keys
+  slash[o]    = sum of A over the diagonal of offset o = query - key; the best
+                `diagonals` offsets
+
+A query block lists every key block that holds a chosen column or that a chosen
+diagonal crosses. The paper gathers single columns; here columns are rounded to
+blocks and diagonals to blocks of offsets, so that one kernel serves all lists.
+The window decides for the whole prompt, so nothing here estimates a row's mass.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int32
+
+from kernels_pallas.keys import NEVER
+from lcx.select import window
+from lcx.select.block_rows import (
+  Chunk,
+  Rows,
+  Selected,
+  by_chunks,
+  choose,
+  list_width,
+  padded,
+  rows_at,
+  share,
+  to_list,
+)
+
+SINK, RECENT = 30, 100  # columns and offsets that are always in (the code's)
+_TILE = 65536  # keys read at a time
+_KEPT = 2**23  # elements of all heads' block scores at a time
+
+
+def vertical_slash(
+  q: Float[Array, 'B N w H'],
+  at: Int32[Array, 'B w'],
+  k: Float[Array, 'B K S H'],
+  *,
+  n_queries: int,
+  q_start: Int32[Array, 'B'],
+  lengths: Int32[Array, 'B'],
+  columns: int = 1000,
+  diagonals: int = 6096,
+  width: int | None = None,
+  dense_below: int = 0,
+  scale: float | None = None,
+  block_q: int = 128,
+  block_k: int = 128,
+) -> Selected:
+  """Lists of the blocks that the best columns and diagonals cross.
+
+  Args:
+    q: the rotated last queries of each row, see `window.last_queries`.
+    at: their positions, which must be consecutive; -1: no query.
+    k: rotated keys.
+    n_queries: T, the queries that get lists.
+    q_start: position of each row's first query of those.
+    lengths: keys of each row.
+    columns: keys chosen a head.
+    diagonals: offsets chosen a head.
+    width: most blocks of a row; None: what 256 MiB of lists allow.
+    dense_below: rows of the batch with at most so many keys list all blocks.
+    scale: of the scores; None: H**-0.5.
+    block_q: queries that share a list.
+    block_k: keys of a block.
+
+  Returns:
+    The lists; `cut` is the share of the marked blocks' weight that the width
+    cut off, `captured` the rest.
+
+  Raises:
+    ValueError: columns or diagonals below 1, or a width too small.
+  """
+  if columns < 1 or diagonals < 1:
+    raise ValueError(f'{columns=} and {diagonals=} must be at least 1')
+  batch, heads, size, h = q.shape
+  k = padded(k, 2, block_k)
+  kv_heads, s = k.shape[1], k.shape[2]
+  tb, sb = -(-n_queries // block_q), s // block_k
+  width = list_width(
+    width,
+    batch * heads * tb,
+    sb,
+    block_q,
+    block_k,
+    dense_below=dense_below,
+  )
+  scale = h**-0.5 if scale is None else scale
+
+  def head(q, k, at, length):
+    vertical, slash = _sums(q, k, at, length, scale)
+    column = jnp.arange(s)
+    old = jnp.broadcast_to(column < length, vertical.shape)
+
+    def best(sums, first, limit):
+      chosen = choose(
+        sums,
+        reachable=old,
+        forced=old & (column < first),
+        limit=max(limit, first),
+      )
+      weight = jnp.where(chosen, sums, 0.0).reshape(-1, sb, block_k).sum(-1)
+      return weight, jnp.any(chosen.reshape(-1, sb, block_k), axis=-1)
+
+    return best(vertical, SINK, columns), best(slash, RECENT, diagonals)
+
+  shape = (batch, kv_heads)
+  columns_of, diagonals_of = window.map_heads(
+    head,
+    q.reshape(*shape, -1, size, h),
+    k,
+    jnp.broadcast_to(at[:, None], (*shape, size)),
+    jnp.broadcast_to(lengths[:, None], shape),
+  )
+  chunk = max(1, min(_KEPT // (batch * heads * sb), tb))
+
+  def make(first):
+    index = first + jnp.arange(chunk)
+    rows = rows_at(q_start, lengths, index, block_q, dense_below)
+    crossed, by_slash = _crossing(diagonals_of, rows, block_q, block_k)
+    weight = columns_of[0][..., None, :] + crossed
+    marked = columns_of[1][..., None, :] | by_slash
+    reachable = rows.reachable(sb, block_k)[:, None, None]
+    forced = rows.forced(sb, block_k)[:, None, None]
+    marked = (marked & reachable) | forced
+    weight = jnp.where(marked, weight, 0.0)
+    forced = jnp.broadcast_to(forced, marked.shape)
+    chosen = choose(weight, reachable=marked, forced=forced, limit=width)
+    captured = share(weight, chosen)
+    some = jnp.any(weight > 0, axis=-1)
+    cut = jnp.where(some, 1.0 - captured, 0.0)
+    return Chunk(*to_list(chosen, width), captured, cut)
+
+  return by_chunks(
+    make,
+    n_blocks=tb,
+    chunk=chunk,
+    shape=(batch, heads, kv_heads),
+    width=width,
+    block_q=block_q,
+    block_k=block_k,
+  )
+
+
+def _sums(
+  q: Float[Array, 'G w H'],
+  k: Float[Array, 'S H'],
+  at: Int32[Array, 'w'],
+  length: Int32[Array, ''],
+  scale: float,
+) -> tuple[Float[Array, 'G S'], Float[Array, 'G S']]:
+  """Vertical and slash sums of one kv head's query heads."""
+  group, size, h = q.shape
+  s = k.shape[0]
+  rows = q.reshape(-1, h)
+  row_at = jnp.tile(at, group)
+  fetch, n_tiles = window.contiguous_tiles(k, length, _TILE, NEVER)
+  tile = min(_TILE, s)
+  lse = window.normaliser(rows, row_at, fetch, n_tiles, scale)
+
+  def one(slash, i):
+    score = window.scores(rows, row_at, *fetch(i), scale)
+    weight = jnp.exp(score - lse[:, None]).reshape(group, size, tile)
+    first = jnp.minimum(i * tile, s - tile)
+    span = tile + size - 1
+    old = lax.dynamic_slice_in_dim(slash, first, span, 1)
+    new = old + jnp.sum(_shear(weight), axis=1)
+    slash = lax.dynamic_update_slice_in_dim(slash, new, first, 1)
+    return slash, jnp.sum(weight, axis=1)
+
+  slash = jnp.zeros((group, s + size - 1), jnp.float32)
+  slash, vertical = lax.scan(one, slash, jnp.arange(n_tiles))
+  done = (n_tiles - 1) * tile
+  rest = s - done
+  vertical = vertical.swapaxes(0, 1)
+  vertical = jnp.concatenate(
+    [vertical[:, :-1].reshape(group, done), vertical[:, -1, tile - rest :]],
+    axis=1,
+  )
+  # Row r stands at length - w + r, so column c = key - r + w - 1 holds offset
+  # length - 1 - c.
+  offset = length - 1 - jnp.arange(s)
+  slash = jnp.take(slash, jnp.maximum(offset, 0), axis=1)
+  return vertical, jnp.where(offset >= 0, slash, 0.0)
+
+
+def _shear(x: Float[Array, 'G w c']) -> Float[Array, 'G w e']:
+  """Moves row r right by w - 1 - r; e = c + w - 1. Diagonals become columns.
+
+  The rows come back in reverse order.
+  """
+  group, rows, columns = x.shape
+  x = jnp.pad(x[:, ::-1], ((0, 0), (0, 0), (0, rows)))
+  x = x.reshape(group, -1)[:, : rows * (columns + rows - 1)]
+  return x.reshape(group, rows, -1)
+
+
+def _crossing(
+  diagonals: tuple[Float[Array, 'B K G Sb'], Bool[Array, 'B K G Sb']],
+  rows: Rows,
+  block_q: int,
+  block_k: int,
+) -> tuple[Float[Array, 'B K G c Sb'], Bool[Array, 'B K G c Sb']]:
+  """Weight and presence of chosen diagonals in each pair of blocks.
+
+  Queries p0..p1 and keys j0..j0 + block_k - 1 have offsets from
+  p0 - j0 - block_k + 1 to p1 - j0; blocks of offsets that overlap these count.
+  """
+  weight, chosen = diagonals
+  n_blocks = weight.shape[-1]
+  key = jnp.arange(n_blocks) * block_k
+  low = (rows.first[..., None] - key - block_k + 1) // block_k
+  high = (rows.last[..., None] - key) // block_k  # [B c Sb]
+  take = jax.vmap(lambda x, index: jnp.take(x, index, axis=2))
+  total, some = 0.0, False
+  for step in range(1 + -(-(block_q + block_k - 2) // block_k)):
+    index = low + step
+    good = (index >= 0) & (index <= high) & (index < n_blocks)
+    index = jnp.clip(index, 0, n_blocks - 1)
+    good = good[:, None, None]
+    total += jnp.where(good, take(weight, index), 0.0)
+    some |= good & take(chosen, index)
+  return total, some
