@@ -97,8 +97,9 @@ class ModelConfig:
       'vocab_size', 'd_model', 'n_layers', 'n_heads', 'n_kv_heads',
       'head_dim', 'd_ff', 'max_position',
     ):  # fmt: skip
-      if getattr(self, name) <= 0:
-        raise ValueError(f'{name}={getattr(self, name)} must be positive')
+      value = getattr(self, name)
+      if type(value) is not int or value <= 0:
+        raise ValueError(f'{name}={value!r} must be a positive integer')
     if self.n_heads % self.n_kv_heads:
       raise ValueError(
         f'n_kv_heads={self.n_kv_heads} must divide n_heads={self.n_heads}'

@@ -111,6 +111,11 @@ def fill(source: Source, config: ModelConfig, mesh=None) -> Weights:
     ValueError: a tensor is missing, left over, or of another shape.
   """
   names = _names(config)
+  if config.n_layers > len(source.shapes):  # before anything is sized by it
+    raise ValueError(
+      f'{source.where}: {config.n_layers} layers, but only '
+      f'{len(source.shapes)} tensors; file and config do not belong together'
+    )
   _check(source, config, names)
   shapes = transformer.abstract(config)
   specs = transformer.weight_specs(config, mesh)
@@ -134,7 +139,7 @@ def fill(source: Source, config: ModelConfig, mesh=None) -> Weights:
   )
 
 
-def _names(config: ModelConfig) -> dict[str, dict[str, Sequence[str]]]:
+def _names(config: ModelConfig) -> dict[str, dict[str, list[str]]]:
   """The source's tensors of each weight."""
   layer = 'model.layers.{}.'
   attention = layer + 'self_attn.'
@@ -220,8 +225,9 @@ def _check(source, config, names):
 def _check_tied(source, name, embedding, rows=4096):
   """A tied model may store its table twice: the copies must be equal."""
   equal = source.shapes[name] == source.shapes.get(embedding)
-  for start in range(0, source.shapes[name][0] if equal else 0, rows):
-    part = slice(start, start + rows)
+  total = source.shapes[name][0] if equal else 0
+  for start in range(0, total, rows):
+    part = slice(start, min(start + rows, total))
     if not np.array_equal(
       source.read(name, part), source.read(embedding, part)
     ):

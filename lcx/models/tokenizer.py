@@ -155,10 +155,11 @@ def _environment():
     raise jinja2.TemplateError(message)
 
   def tojson(value, ensure_ascii=False, indent=None, **options):
-    options = {'ensure_ascii': ensure_ascii, 'indent': indent, **options}
-    return json.dumps(value, **options)
+    return json.dumps(
+      value, ensure_ascii=ensure_ascii, indent=indent, **options
+    )
 
-  environment.globals['raise_exception'] = refuse
+  environment.globals.update(raise_exception=refuse)
   environment.filters['tojson'] = tojson
   return environment
 
@@ -363,10 +364,10 @@ def _sentence_piece(tokens, scores, types, vocab, prefix, where):
       byte_fallback=_BYTE in types,
     )
   )
-  space = [normalizers.Replace(' ', '▁')]
-  if prefix:
-    space.insert(0, normalizers.Prepend('▁'))
-  backend.normalizer = normalizers.Sequence(space)
+  start = [normalizers.Prepend('▁')] if prefix else []
+  backend.normalizer = normalizers.Sequence(
+    [*start, normalizers.Replace(' ', '▁')]
+  )
   tail = [decoders.Strip(content=' ', left=1)] if prefix else []
   backend.decoder = decoders.Sequence(
     [

@@ -194,11 +194,11 @@ def weight_specs(config: ModelConfig, mesh=None) -> Weights:
 
   def specs(module):
     made = nnx.eval_shape(lambda: module(config, nnx.Rngs(0)))
-    out = {}
+    out: dict[str, Any] = {}
     for path, param in nnx.to_flat_state(nnx.state(made, nnx.Param)):
       axes = param.get_metadata()['axes']
       axes = tuple(None if whole and a == 'vocab' else a for a in axes)
-      out[path[-1]] = sharding.spec(*axes)
+      out[str(path[-1])] = sharding.spec(*axes)
     return out
 
   layer = specs(Layer)

@@ -2,7 +2,6 @@
 
 import functools
 import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +9,11 @@ import numpy as np
 import pytest
 
 from lcx.models import hf, load, transformer
+from tests.golden import families
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 GOLDEN = ROOT / 'tests' / 'golden'
 MODEL = ROOT / '.cache' / 'models' / 'SmolLM2-135M-Instruct.Q4_1.gguf'
-
-sys.path.insert(0, str(GOLDEN))
-import families  # noqa: E402 (make.py imports it by the same name)
 
 # Of the logits' standard deviation.
 TOLERANCE = 1e-3

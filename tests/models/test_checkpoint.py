@@ -1,0 +1,45 @@
+"""Weights come back from orbax as they went."""
+
+import chex
+import jax
+import pytest
+
+from lcx import sharding
+from lcx.models import checkpoint, transformer
+from lcx.models.config import RopeConfig
+from lcx.models.presets import preset
+
+TINY = preset(
+  'tiny',
+  dtype='bfloat16',
+  tie_embeddings=False,
+  rope=RopeConfig(kind='table', table=(1.0,) * 8),
+)
+
+
+def test_save_restore_and_spread(tmp_path):
+  weights = transformer.init(TINY, jax.random.key(0))
+  checkpoint.save(tmp_path / 'a', TINY, weights)
+  checkpoint.save(tmp_path / 'a', TINY, weights)  # replaces
+  config, again = checkpoint.restore(tmp_path / 'a')
+  assert config == TINY
+  chex.assert_trees_all_equal(again, weights)
+  mesh = sharding.make_mesh(model=2)
+  _, spread = checkpoint.restore(tmp_path / 'a', mesh)
+  chex.assert_trees_all_equal(spread, weights)
+  assert spread.layers[0]['down'].sharding.spec == sharding.spec('ff', 'embed')
+
+
+def test_a_checkpoint_that_is_not_whole(tmp_path):
+  checkpoint.save(tmp_path, TINY, transformer.init(TINY, jax.random.key(0)))
+  file = tmp_path / 'model.json'
+  text = file.read_text()
+  file.write_text(text.replace('"d_model": 64', '"d_model": 32'))
+  with pytest.raises(ValueError, match='do not fit the config'):
+    checkpoint.restore(tmp_path)
+  file.write_text(text[:50])
+  with pytest.raises(ValueError, match='is damaged'):
+    checkpoint.restore(tmp_path)
+  file.unlink()
+  with pytest.raises(ValueError, match='holds no whole checkpoint'):
+    checkpoint.restore(tmp_path)
