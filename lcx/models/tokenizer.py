@@ -159,7 +159,8 @@ def _environment():
       value, ensure_ascii=ensure_ascii, indent=indent, **options
     )
 
-  environment.globals.update(raise_exception=refuse)
+  names: dict[str, Any] = {'raise_exception': refuse}
+  environment.globals.update(names)
   environment.filters['tojson'] = tojson
   return environment
 
