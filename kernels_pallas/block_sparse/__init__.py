@@ -307,11 +307,12 @@ def check_pages(pages: Pages, head_dim: int) -> None:
     raise ValueError('pages.k_scale and pages.v_scale must come together')
   if (pages.k_zero is None) != (pages.v_zero is None):
     raise ValueError('pages.k_zero and pages.v_zero must come together')
-  kind = jnp.int8 if pages.bits == 8 else jnp.uint8 if pages.bits == 4 else None
-  if kind is None:
+  if pages.k_scale is None:
     _check_dtypes(**{'pages.k': pages.k.dtype})
-  elif pages.k.dtype != kind:
-    raise ValueError(f'{pages.k.dtype=} must be {kind.__name__} here')
+  else:
+    kind = jnp.int8 if pages.k_zero is None else jnp.uint8
+    if pages.k.dtype != kind:
+      raise ValueError(f'{pages.k.dtype=} must be {kind.__name__} here')
   if pages.head_dim != head_dim:
     raise ValueError(f'{pages.head_dim=} must equal that of q, {head_dim}')
 

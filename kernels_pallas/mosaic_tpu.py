@@ -1,0 +1,490 @@
+"""The TPU inner loop of the prompt families (Pallas, Mosaic TPU).
+
+A program is one tile: one query head, `block_q` rows. Its list row comes to
+SMEM by the grid's own pipeline (the lists of a layer do not fit there whole);
+the kernel walks it and copies the key blocks from HBM itself, `group` blocks a
+step into one of two buffers, the next step's (or the next tile's first) while
+this one is computed. Work and bytes are therefore those of the list.
+
+Scores are kept transposed, keys on sublanes and queries on lanes:
+
+  s = k q^T [keys, rows]     acc += v^T p [H, rows]
+
+so that the softmax's max and sum run along sublanes, on the VPU, and the
+running max and sum are lane vectors; reductions along lanes, on the XLU, are
+what a row-major tile waits for.
+
+FLOPs: 4 block_q block_k H a visit. Bytes: 2 block_k H itemsize a visit, so the
+intensity is block_q FLOPs a byte (bfloat16): 512 rows keep a v5e or v6e busy.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int32
+
+from kernels_pallas import tiles
+from kernels_pallas.keys import Pages
+from kernels_pallas.partial import Partial
+
+LOG2E = math.log2(math.e)
+# Masked scores lie below every running maximum (which starts at FLOOR), so
+# that their weight is exp2(-5e29) = 0 without a second mask.
+MASKED, FLOOR = -1e30, -5e29
+NEVER = 2**30  # a position that no query reaches
+HEAD_DIMS = (64, 128, 256)
+# Slots of a list row in SMEM, before the ids.
+_FIELDS = (
+  'skip',
+  'sinks',
+  'cursor',
+  'middle',
+  'lead',
+  'total',
+  'whole',
+  'clear',
+  'floor',
+  'count',
+  'sink',
+  'window',
+)
+_IDS = 16
+
+
+def refuse(q, k_dtype) -> str | None:
+  """Why no TPU kernel takes these queries and keys, or None."""
+  if q.shape[-1] not in HEAD_DIMS:
+    return f'head dim {q.shape[-1]} must be in {HEAD_DIMS}'
+  for dtype in (q.dtype, k_dtype):
+    if dtype == jnp.float16:
+      return 'Mosaic TPU loads no float16: use bfloat16'
+  return None
+
+
+def refuse_blocks(block_q: int, block_k: int) -> str | None:
+  """Why no TPU kernel takes these blocks, or None."""
+  if block_q % 128:
+    return f'{block_q=} must be a multiple of 128'
+  if block_k % 32:
+    return f'{block_k=} must be a multiple of 32'
+  return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+  """What a kernel is specialised on."""
+
+  block_k: int
+  group: int  # blocks a step
+  scale: float
+  sliding_window: int | None
+  queries_per_kv: int
+  tiles: int
+  width: int  # of the lists
+  page: int | None  # None: contiguous keys
+  precision: lax.Precision | None
+
+
+def list_rows(plan, first, ids, count, sink, window, block_k, sliding_window):
+  """The SMEM rows [B*N*Tb + 1, 1, _IDS + W]: a tile's plan, then its ids.
+
+  The one row more, of zeros, stands after the last tile's: every tile looks
+  at the next one's row, to start its first copies.
+  """
+  b, n, tb, width = ids.shape
+  low = first.reshape(b, 1, tb, -1) - window[None, :, None, None]
+  clear = jnp.max(low, axis=-1)
+  floor = jnp.zeros_like(clear)
+  if sliding_window is not None:
+    bound = jnp.max(first.reshape(b, 1, tb, -1) - sliding_window, axis=-1)
+    clear = jnp.maximum(clear, bound)
+    floor = jnp.broadcast_to(bound, clear.shape)
+
+  def up(keys):
+    return tiles.ceil_div(jnp.maximum(keys, 0), block_k)
+
+  def wide(x):
+    return jnp.broadcast_to(x[None, :, None], (b, n, tb))
+
+  fields = {
+    **plan._asdict(),
+    'clear': up(clear),
+    'floor': up(floor),
+    'count': count,
+    'sink': wide(sink),
+    'window': wide(window),
+  }
+  rows = jnp.stack([fields[name] for name in _FIELDS], axis=-1)
+  rows = jnp.pad(rows, ((0, 0),) * 3 + ((0, _IDS - len(_FIELDS)),))
+  rows = jnp.concatenate([rows, ids], axis=-1).reshape(-1, 1, _IDS + width)
+  return jnp.pad(rows, ((0, 1), (0, 0), (0, 0)))
+
+
+def _field(row_ref, name: str):
+  return row_ref[0, 0, _FIELDS.index(name)]
+
+
+def _block(row_ref, visit):
+  """(block id, is it a listed block of the middle) of a visit."""
+  sinks, middle = _field(row_ref, 'sinks'), _field(row_ref, 'middle')
+  slot = _IDS + _field(row_ref, 'cursor') + visit - sinks
+  in_middle = (visit >= sinks) & (visit < sinks + middle)
+  width = row_ref.shape[2]
+  if width > _IDS:
+    chosen = row_ref[0, 0, jnp.clip(slot, _IDS, width - 1)]
+  else:
+    chosen = 0
+  rest = _field(row_ref, 'lead') + visit - sinks - middle
+  block = jnp.where(visit < sinks, _field(row_ref, 'skip') + visit, rest)
+  return jnp.where(in_middle, chosen, block), in_middle
+
+
+def _is_id(row_ref, slot, block):
+  """Whether ids[slot] is used and is this block."""
+  width = row_ref.shape[2] - _IDS
+  if not width:
+    return jnp.bool_(False)
+  used = (slot >= 0) & (slot < _field(row_ref, 'count'))
+  at = _IDS + jnp.clip(slot, 0, width - 1)
+  return used & (row_ref[0, 0, at] == block)
+
+
+def _kernel(
+  # SMEM
+  row_ref,  # [1 1 _IDS+W]
+  next_ref,  # the next tile's
+  table_ref,  # [1 1 pages] or None
+  # VMEM
+  first_ref,  # [1 1 block_q]
+  stop_ref,
+  q_ref,  # [1 1 block_q H]
+  # HBM
+  k_hbm,  # [B K S H], or a pool [P page H]
+  v_hbm,
+  # outputs
+  out_ref,  # [1 1 block_q H]
+  lse_ref,  # [1 1 1 block_q]
+  # scratch
+  k_buf,  # [2 group*block_k H]
+  v_buf,
+  acc_ref,  # [H block_q]
+  parity_ref,  # SMEM [1]: the buffer of the next tile's first step
+  sems,  # [2 2]
+  *,
+  static: _Static,
+):
+  bk, group = static.block_k, static.group
+  b, head, i = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+  kv = head // static.queries_per_kv
+  total = _field(row_ref, 'total')
+  steps = pl.cdiv(total, group)
+
+  def copies(ref, step, slot):
+    """The copies of a step: repeats of its last block fill a short one."""
+    last = _field(ref, 'total') - 1
+    for e in range(group):
+      block, _ = _block(ref, jnp.minimum(step * group + e, last))
+      for index, (hbm, buf) in enumerate(((k_hbm, k_buf), (v_hbm, v_buf))):
+        sem = sems.at[slot, index]
+        if static.page is None:
+          source = hbm.at[b, kv, pl.ds(pl.multiple_of(block * bk, bk), bk)]
+          target = buf.at[slot, pl.ds(e * bk, bk)]
+          yield pltpu.make_async_copy(source, target, sem)
+          continue
+        for p in range(bk // static.page):
+          page = table_ref[0, 0, block * (bk // static.page) + p]
+          at = e * bk + p * static.page
+          yield pltpu.make_async_copy(
+            hbm.at[jnp.maximum(page, 0)],
+            buf.at[slot, pl.ds(at, static.page)],
+            sem,
+          )
+
+  def start(ref, step, slot):
+    for copy in copies(ref, step, slot):
+      copy.start()
+
+  @pl.when(i == 0)
+  def _():
+    parity_ref[0] = 0
+
+    @pl.when(total > 0)
+    def _():
+      start(row_ref, 0, 0)
+
+  base = parity_ref[0]
+  # The next row belongs to this (batch row, head) only before the last tile.
+  next_total = jnp.where(i + 1 < static.tiles, _field(next_ref, 'total'), 0)
+
+  @pl.when((steps == 0) & (next_total > 0))
+  def _():
+    start(next_ref, 0, base)
+
+  acc_ref[...] = jnp.zeros_like(acc_ref)
+  first, stop = first_ref[0], stop_ref[0]  # [1 block_q]
+  sink, window = _field(row_ref, 'sink'), _field(row_ref, 'window')
+  sinks, middle = _field(row_ref, 'sinks'), _field(row_ref, 'middle')
+  block_q = first.shape[1]
+
+  def update(slot, mask_of, top, total):
+    s = lax.dot_general(
+      k_buf[slot],
+      q_ref[0, 0],
+      (((1,), (1,)), ((), ())),
+      preferred_element_type=jnp.float32,
+      precision=static.precision,
+    )
+    s = s * (static.scale * LOG2E)
+    if mask_of is not None:
+      s = jnp.concatenate(
+        [
+          jnp.where(mask_of(e), s[e * bk : (e + 1) * bk], MASKED)
+          for e in range(group)
+        ],
+        axis=0,
+      )
+    new = jnp.maximum(top, jnp.max(s, axis=0, keepdims=True))
+    p = jnp.exp2(s - new)
+    fade = jnp.exp2(top - new)
+    total = total * fade + jnp.sum(p, axis=0, keepdims=True)
+    acc_ref[...] = acc_ref[...] * fade + lax.dot_general(
+      v_buf[slot],
+      p.astype(v_buf.dtype),
+      (((0,), (0,)), ((), ())),
+      preferred_element_type=jnp.float32,
+      precision=static.precision,
+    )
+    return new, total
+
+  def step(j, carry):
+    top, total_weight, pointer = carry
+    slot = lax.rem(base + j, 2)
+
+    @pl.when(j + 1 < steps)
+    def _():
+      start(row_ref, j + 1, 1 - slot)
+
+    @pl.when((j + 1 == steps) & (next_total > 0))
+    def _():
+      start(next_ref, 0, 1 - slot)
+
+    for copy in copies(row_ref, j, slot):
+      copy.wait()
+
+    blocks, listed, whole = [], [], jnp.bool_(True)
+    for e in range(group):
+      visit = j * group + e
+      block, in_middle = _block(row_ref, visit)
+      live = visit < total
+      in_window = live & (visit >= sinks + middle)
+      # A listed block at the window's edge: the ids from `pointer` on are
+      # those at or above the window's first block, met in order.
+      hit = in_window & _is_id(row_ref, pointer, block)
+      pointer = pointer + hit.astype(jnp.int32)
+      edge = (visit == sinks - 1) & _is_id(
+        row_ref, _field(row_ref, 'cursor') - 1, block
+      )
+      inside = (
+        in_middle
+        | ((block + 1) * bk <= sink)
+        | (block >= _field(row_ref, 'clear'))
+      )
+      whole &= (
+        live
+        & inside
+        & (block < _field(row_ref, 'whole'))
+        & (block >= _field(row_ref, 'floor'))
+      )
+      blocks.append(jnp.where(live, block, 0))
+      listed.append((in_middle | hit | edge, live))
+
+    def mask_of(e):
+      key = blocks[e] * bk + lax.broadcasted_iota(jnp.int32, (bk, block_q), 0)
+      is_listed, live = listed[e]
+      low = first - jnp.where(is_listed, tiles.BIG, window)
+      mask = (key < sink) | (key >= low)
+      mask &= key < jnp.where(live, stop, 0)
+      if static.sliding_window is not None:
+        mask &= key >= first - static.sliding_window
+      return mask
+
+    top, total_weight = lax.cond(
+      whole,
+      lambda t, w: update(slot, None, t, w),
+      lambda t, w: update(slot, mask_of, t, w),
+      top,
+      total_weight,
+    )
+    return top, total_weight, pointer
+
+  top = jnp.full((1, block_q), FLOOR, jnp.float32)
+  top, weight, _ = lax.fori_loop(
+    0,
+    steps,
+    step,
+    (top, jnp.zeros_like(top), _field(row_ref, 'cursor') + middle),
+  )
+  parity_ref[0] = lax.rem(base + steps, 2)
+  # A row with stop 0 took part in the unmasked steps.
+  some = (weight > 0) & (stop > 0)
+  safe = jnp.where(some, weight, 1.0)
+  out = jnp.where(some, acc_ref[...] / safe, 0.0)
+  out_ref[0, 0] = out.T.astype(out_ref.dtype)
+  lse_ref[0, 0] = jnp.where(some, top / LOG2E + jnp.log(safe), -jnp.inf)
+
+
+def attend_rows(
+  q: Float[Array, 'B T N H'],
+  keys: tuple[Float[Array, 'B K S H'], Float[Array, 'B K S H']] | Pages,
+  table: Int32[Array, 'B K W'] | None,
+  first: Int32[Array, 'B T'],
+  stop: Int32[Array, 'B T'],
+  blocks,
+  *,
+  scale: float,
+  sliding_window: int | None,
+  step_keys: int = 512,
+  vmem_limit_bytes: int | None = None,
+) -> Partial:
+  """The rule of `kernels_pallas.tiles` over the blocks of a BlockList.
+
+  Args:
+    q: queries.
+    keys: (k, v) [B K S H], or floating point pages with their `table`.
+    table: pages of each (row, kv head), or None.
+    first: [B T], see `kernels_pallas.tiles`.
+    stop: [B T].
+    blocks: a BlockList; its block_q is the tile.
+    scale: of the scores.
+    sliding_window: the layer's own, or None.
+    step_keys: keys a step takes, in whole blocks.
+    vmem_limit_bytes: None: the compiler's default.
+  """
+  b, t, n, h = q.shape
+  bq, bk = blocks.block_q, blocks.block_k
+  paged = isinstance(keys, Pages)
+  if paged:
+    k, v = keys.k, keys.v
+    kv, s = table.shape[1], table.shape[2] * keys.page
+  else:
+    k, v = keys
+    kv, s = k.shape[1], k.shape[2]
+    if s % bk:
+      short = ((0, 0), (0, 0), (0, -s % bk), (0, 0))
+      k, v = jnp.pad(k, short), jnp.pad(v, short)
+  plan = tiles.plan(
+    first,
+    stop,
+    blocks.ids,
+    blocks.count,
+    blocks.sink,
+    blocks.window,
+    block_q=bq,
+    block_k=bk,
+    sliding_window=sliding_window,
+  )
+  tb = blocks.ids.shape[2]
+  pad = tb * bq - t
+  q = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
+  first, stop = (jnp.pad(x, ((0, 0), (0, pad))) for x in (first, stop))
+  rows = list_rows(
+    plan,
+    first,
+    blocks.ids,
+    blocks.count,
+    blocks.sink,
+    blocks.window,
+    bk,
+    sliding_window,
+  )
+  group = max(1, step_keys // bk)
+  static = _Static(
+    block_k=bk,
+    group=group,
+    scale=scale,
+    sliding_window=sliding_window,
+    queries_per_kv=n // kv,
+    tiles=tb,
+    width=blocks.ids.shape[3],
+    page=keys.page if paged else None,
+    precision=lax.Precision.HIGHEST if q.dtype == jnp.float32 else None,
+  )
+
+  def row_spec(ahead):
+    return pl.BlockSpec(
+      (1, 1, rows.shape[2]),
+      lambda b, n_, i: ((b * n + n_) * tb + i + ahead, 0, 0),
+      memory_space=pltpu.SMEM,
+    )
+
+  lane_spec = pl.BlockSpec((1, 1, bq), lambda b, n_, i: (b, 0, i))
+  tile_spec = pl.BlockSpec((1, 1, bq, h), lambda b, n_, i: (b, n_, i, 0))
+  any_spec = pl.BlockSpec(memory_space=pl.ANY)
+  specs = [row_spec(0), row_spec(1)]
+  inputs = [rows, rows]
+  kernel = functools.partial(_kernel, static=static)
+  if paged:
+    specs.append(
+      pl.BlockSpec(
+        (1, 1, table.shape[2]),
+        lambda b, n_, i: (b * kv + n_ // (n // kv), 0, 0),
+        memory_space=pltpu.SMEM,
+      )
+    )
+    inputs.append(table.reshape(b * kv, 1, -1))
+  else:
+    kernel = _without_table(kernel)
+  visited = s if blocks.dense or not static.width else static.width * bk
+  pairs = b * n * t * min(s, visited) // (2 if visited >= s else 1)
+  out, lse = pl.pallas_call(
+    kernel,
+    grid=(b, n, tb),
+    in_specs=[*specs, lane_spec, lane_spec, tile_spec, any_spec, any_spec],
+    out_specs=[
+      tile_spec,
+      pl.BlockSpec((1, 1, 1, bq), lambda b, n_, i: (b, n_, 0, i)),
+    ],
+    out_shape=[
+      jax.ShapeDtypeStruct(q.shape, q.dtype),
+      jax.ShapeDtypeStruct((b, n, 1, tb * bq), jnp.float32),
+    ],
+    scratch_shapes=[
+      pltpu.VMEM((2, group * bk, h), k.dtype),
+      pltpu.VMEM((2, group * bk, h), v.dtype),
+      pltpu.VMEM((h, bq), jnp.float32),
+      pltpu.SMEM((1,), jnp.int32),
+      pltpu.SemaphoreType.DMA((2, 2)),
+    ],
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=('parallel', 'parallel', 'arbitrary'),
+      vmem_limit_bytes=vmem_limit_bytes,
+    ),
+    cost_estimate=pl.CostEstimate(
+      flops=4 * h * pairs,
+      transcendentals=pairs,
+      bytes_accessed=q.nbytes * 2 + 2 * h * k.itemsize * pairs // bq,
+    ),
+    name='lcx_block_attention',
+  )(
+    *inputs,
+    first[:, None],
+    stop[:, None],
+    q,
+    k,
+    v,
+  )
+  out = out.transpose(0, 2, 1, 3)[:, :t]
+  return Partial(out, lse[:, :, 0].transpose(0, 2, 1)[:, :t])
+
+
+def _without_table(kernel):
+  def call(row_ref, next_ref, *refs):
+    return kernel(row_ref, next_ref, None, *refs)
+
+  return call
