@@ -15,14 +15,14 @@ def get_config(arg=''):
   config = common.base('evaluate', 'Quickstart: needles in natural text')
   config.model = '.cache/models/SmolLM2-135M-Instruct.Q4_1.gguf'
   config.dtype = 'float32'
-  # A quarter of 1K tokens, so that a method has something to lose.
-  window = {'sink': 4, 'recent': 252}
+  # One budget for both, below half of 1K tokens: there is something to lose.
+  window = {'sink': 16, 'recent': 368}
   config.methods = common.methods(
     arg.method,
     {
       'dense': {},
       'streaming': {'prefill': window, 'cache': window, 'decode': window},
-      'quest': {'decode': {'budget': 256, 'sink': 16, 'recent': 64}},
+      'quest': {'decode': {'budget': 384, 'sink': 16, 'recent': 64}},
     },
   )
   config.tasks = common.table({'niah_single_2': {}, 'niah_multikey_1': {}})

@@ -237,7 +237,11 @@ def _answers(
     transfer_guard=config.transfer_guard,
   )
   model = models.load(source, config.dtype)
-  return answers.answer(missing, tasks, model, setting, bar.set_description_str)
+
+  def say(text: str) -> None:
+    bar.set_description_str(text, refresh=sys.stderr.isatty())
+
+  return answers.answer(missing, tasks, model, setting, say)
 
 
 def _digest(config: Config) -> str:
