@@ -1,0 +1,502 @@
+"""The cases of the kernel benchmark: what is called, on what, and its work.
+
+Work is counted on what the method needs: 4 H FLOPs a visible (query, key)
+pair, and the bytes of the selected keys and values, scales included. A call's
+inputs are made on the device from a seed, and differ from call to call.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas import block_sparse, passing_block, selected_token
+from kernels_pallas.keys import Pages
+
+# Llama-3-8B's heads.
+HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+KIB = 1024
+BLOCK = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+  """What is timed: function(*inputs[i], *shared)."""
+
+  function: Callable
+  inputs: list[tuple[Any, ...]]
+  shared: tuple[Any, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One line of the benchmark.
+
+  Attributes:
+    op: the operation.
+    case: its size in words.
+    work: FLOPs or bytes of a call.
+    unit: 'TFLOP/s' or 'GB/s', of the rate.
+    calls: implementation -> how to make its Call; the first is ours.
+  """
+
+  op: str
+  case: str
+  work: float
+  unit: str
+  calls: dict[str, Callable[[], Call]]
+
+
+def _normal(seed: int, shape, dtype=jnp.bfloat16):
+  make = jax.jit(
+    lambda: jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(
+      dtype
+    )
+  )
+  if np.prod(shape) < 2**28:
+    return make()
+  # In slices: the float32 numbers of a whole pool would fill the memory.
+  parts = [_normal(seed + i, shape[1:], dtype) for i in range(shape[0])]
+  return jnp.stack(parts)
+
+
+def ceilings() -> Iterator[Case]:
+  """The chip's own rates: a large matrix product, a large copy."""
+  n = 8 * KIB
+
+  def product():
+    inputs = [(_normal(i, (n, n)), _normal(i + 9, (n, n))) for i in range(2)]
+    return Call(jnp.dot, inputs)
+
+  def copy():
+    x = [(jnp.full((2**30,), i, jnp.bfloat16),) for i in range(2)]
+    return Call(lambda x: x + 1, x)
+
+  yield Case('matmul', f'{n} cubed', 2 * n**3, 'TFLOP/s', {'xla': product})
+  yield Case('copy', '2 GiB', 2 * 2**31, 'GB/s', {'xla': copy})
+
+
+def _label(tokens: int) -> str:
+  return f'{tokens // KIB}K' if tokens % KIB == 0 else str(tokens)
+
+
+def _prompt(tokens, heads=HEADS):
+  q = _normal(1, (1, tokens, heads, HEAD_DIM))
+  k = _normal(2, (1, KV_HEADS, tokens, HEAD_DIM))
+  v = _normal(3, (1, KV_HEADS, tokens, HEAD_DIM))
+  return q, k, v
+
+
+def share_of_blocks(tokens: int, share: int, seed: int = 0):
+  """Lists of ceil((i + 1) / share) random blocks for tile i, its own included.
+
+  Returns:
+    BlockList, and the visible pairs of all heads.
+  """
+  rng = np.random.default_rng(seed)
+  tiles = tokens // BLOCK
+  count = -(-(np.arange(tiles) + 1) // share)
+  ids = np.zeros((1, HEADS, tiles, count.max()), np.int32)
+  for i in range(tiles):
+    chosen = np.argpartition(
+      rng.random((HEADS, max(i, 1)), np.float32), count[i] - 1, axis=1
+    )[:, : count[i] - 1]
+    ids[0, :, i, : count[i] - 1] = np.sort(chosen, axis=1)
+    ids[0, :, i, count[i] - 1] = i
+  blocks = block_sparse.listed(
+    jnp.asarray(ids),
+    jnp.broadcast_to(jnp.asarray(count, jnp.int32), (1, HEADS, tiles)),
+  )
+  pairs = HEADS * int(
+    (count - 1).sum() * BLOCK**2 + tiles * BLOCK * (BLOCK + 1) // 2
+  )
+  return blocks, pairs
+
+
+def _dense_peers(q, k, v) -> dict[str, Callable[[], Call]]:
+  """What users have for dense causal attention, on the same numbers."""
+
+  def cudnn():
+    swapped = k.swapaxes(1, 2) + 0, v.swapaxes(1, 2) + 0
+
+    def run(q, k, v):
+      return jax.nn.dot_product_attention(
+        q, k, v, is_causal=True, implementation='cudnn'
+      )
+
+    return Call(run, [(q, *swapped)])
+
+  peers = {'cudnn': cudnn}
+  try:
+    import torch
+
+    from experiments import torch_peers
+
+    if torch.cuda.is_available():
+      peers |= torch_peers.dense(q.shape, k.shape)
+  except ImportError:
+    pass
+  return peers
+
+
+def _ours(implementation, sizes=None):
+  def run(q, k, v, blocks):
+    return block_sparse.block_sparse(
+      q, k, v, blocks, implementation=implementation, block_sizes=sizes
+    )
+
+  return run
+
+
+def prompts(
+  lengths, shares, implementation=None, variants=(), peers=True
+) -> Iterator[Case]:
+  """block_sparse: dense causal, and shares of its blocks."""
+  for tokens in lengths:
+    q, k, v = _prompt(tokens)
+    pairs = HEADS * tokens * (tokens + 1) // 2
+    blocks = block_sparse.dense_blocks(1, HEADS, tokens)
+    run = _ours(implementation)
+    calls = {'ours': lambda run=run: Call(run, [(q, k, v, blocks)])}
+    for sizes in variants:
+      name = 'ours ' + ' '.join(f'{n}={x}' for n, x in sizes.items())
+      other = _ours(implementation, sizes)
+      calls[name] = lambda run=other: Call(run, [(q, k, v, blocks)])
+    if peers:
+      calls |= _dense_peers(q, k, v)
+    work = 4 * HEAD_DIM * pairs
+    yield Case(
+      'block_sparse', f'causal {_label(tokens)}', work, 'TFLOP/s', calls
+    )
+    for share in shares:
+      some, pairs = share_of_blocks(tokens, share)
+      calls = {'ours': lambda some=some: Call(run, [(q, k, v, some)])}
+      work = 4 * HEAD_DIM * pairs
+      case = f'1/{share} of {_label(tokens)}'
+      yield Case('block_sparse', case, work, 'TFLOP/s', calls)
+
+
+def mixtures(tokens, sink=128, local=8192, implementation=None):
+  """block_sparse: streaming heads, dense heads, half of each."""
+  q, k, v = _prompt(tokens)
+  everything = block_sparse.EVERYTHING
+  dense = tokens * (tokens + 1) // 2
+  reach = np.minimum(np.arange(tokens) + 1, local + sink)
+  streaming = int(reach.sum())
+  run = _ours(implementation)
+  for name, n in (('streaming', HEADS), ('half streaming', HEADS // 2)):
+    # Whole groups, as a head profile by kv head gives them.
+    first = np.arange(HEADS) < n
+    blocks = block_sparse.mixed(
+      jnp.asarray(np.where(first, sink, 0), jnp.int32),
+      jnp.asarray(np.where(first, local, everything), jnp.int32),
+      1,
+      tokens,
+    )
+    work = 4 * HEAD_DIM * (n * streaming + (HEADS - n) * dense)
+    yield Case(
+      'block_sparse',
+      f'{name} {_label(tokens)}',
+      work,
+      'TFLOP/s',
+      {'ours': lambda blocks=blocks: Call(run, [(q, k, v, blocks)])},
+    )
+
+
+def passing(
+  local=16 * KIB, anchor=4 * KIB, passed=2 * KIB, rank=3, implementation=None
+):
+  """passing_block: [passing | anchor | local] of one host."""
+  keys = rank * passed + anchor + local
+  tokens = anchor + local
+  q = _normal(1, (1, tokens, HEADS, HEAD_DIM))
+  k = _normal(2, (1, KV_HEADS, keys, HEAD_DIM))
+  v = _normal(3, (1, KV_HEADS, keys, HEAD_DIM))
+  row = np.arange(tokens)
+  # Anchor rows see the anchor up to themselves; local rows everything before.
+  start = np.where(row < anchor, rank * passed, 0)
+  stop = rank * passed + row + 1
+  pairs = HEADS * int((stop - start).sum())
+  bounds = [jnp.asarray(x[None], jnp.int32) for x in (start, stop)]
+
+  def run(q, k, v, start, stop):
+    return passing_block.passing_block(
+      q, k, v, start, stop, implementation=implementation
+    )
+
+  yield Case(
+    'passing_block',
+    f'{_label(anchor)} anchor, {rank} x {_label(passed)}, {_label(local)}',
+    4 * HEAD_DIM * pairs,
+    'TFLOP/s',
+    {'ours': lambda: Call(run, [(q, k, v, *bounds)])},
+  )
+
+
+def pool(pages: int, page: int, bits: int, seed: int = 5) -> Pages:
+  """A pool of random pages."""
+  if bits == 16:
+    return Pages(*(_normal(seed + i, (pages, page, HEAD_DIM)) for i in (0, 9)))
+  key = jax.random.key(seed)
+  width = HEAD_DIM * bits // 8
+
+  @jax.jit
+  def codes(key):
+    kind = jnp.int8 if bits == 8 else jnp.uint8
+    bounds = (-127, 128) if bits == 8 else (0, 256)
+    return jax.random.randint(key, (pages, page, width), *bounds, jnp.int32
+                              ).astype(kind)
+
+  scale = [
+    jax.random.uniform(k, (pages, page), jnp.float32, 0.01, 0.02)
+    for k in jax.random.split(key, 4)
+  ]
+  zero = [None, None] if bits == 8 else [500 * scale[2], 500 * scale[3]]
+  return Pages(codes(key), codes(key), scale[0], scale[1], *zero)
+
+
+def _token_bytes(bits: int) -> int:
+  """Bytes of one token of one kv head, keys and values, scales and zeros."""
+  return 2 * HEAD_DIM * bits // 8 + {16: 0, 8: 8, 4: 16}[bits]
+
+
+def _decode_call(
+  pages, ids, starts, position, calls, implementation=None, sizes=None
+):
+  batch = ids[0].shape[0]
+
+  def run(q, ids, starts, pages):
+    return selected_token.attend_pages(
+      q,
+      pages,
+      ids,
+      starts,
+      q_positions=jnp.full((batch, 1), position, jnp.int32),
+      implementation=implementation,
+      block_sizes=sizes,
+    )
+
+  inputs = [
+    (
+      _normal(100 + i, (batch, 1, HEADS, HEAD_DIM)),
+      ids[i % len(ids)],
+      starts[i % len(starts)],
+    )
+    for i in range(calls)
+  ]
+  return Call(run, inputs, (pages,))
+
+
+def decodes(
+  lengths, bits=(16, 8, 4), implementation=None, variants=(), peers=True
+) -> Iterator[Case]:
+  """selected_token over every page: dense decode of one sequence."""
+  page = 64
+  for tokens in lengths:
+    for b in bits:
+      count = tokens // page
+      pages = pool(KV_HEADS * count, page, b)
+      ids = jnp.arange(KV_HEADS * count, dtype=jnp.int32).reshape(1, KV_HEADS, -1)
+      starts = jnp.broadcast_to(
+        jnp.arange(count, dtype=jnp.int32) * page, ids.shape
+      )
+      calls = max(4, min(32, 4 * 128 * KIB // tokens))
+
+      def ours(sizes=None, pages=pages, ids=ids, starts=starts, calls=calls,
+               last=tokens - 1):
+        return _decode_call(
+          pages, [ids], [starts], last, calls, implementation, sizes
+        )
+
+      made = {'ours': ours}
+      for sizes in variants:
+        name = 'ours ' + ' '.join(f'{n}={x}' for n, x in sizes.items())
+        made[name] = lambda sizes=sizes, ours=ours: ours(sizes)
+      if b == 16 and peers:
+        made |= _decode_peers(pages, tokens, calls)
+      yield Case(
+        'selected_token',
+        f'decode {_label(tokens)} bits {b}',
+        KV_HEADS * tokens * _token_bytes(b),
+        'GB/s',
+        made,
+      )
+
+
+def _decode_peers(pages, tokens, calls) -> dict[str, Callable[[], Call]]:
+  q = [(_normal(100 + i, (1, 1, HEADS, HEAD_DIM)),) for i in range(calls)]
+  k = pages.k.reshape(1, KV_HEADS, tokens, HEAD_DIM)
+  v = pages.v.reshape(1, KV_HEADS, tokens, HEAD_DIM)
+
+  def cudnn():
+    def run(q, k, v):
+      return jax.nn.dot_product_attention(q, k, v, implementation='cudnn')
+
+    return Call(run, q, (k.swapaxes(1, 2) + 0, v.swapaxes(1, 2) + 0))
+
+  def einsum():
+    def run(q, k, v):
+      x = q.reshape(1, KV_HEADS, -1, HEAD_DIM)
+      s = jnp.einsum('bkgh,bksh->bkgs', x, k,
+                     preferred_element_type=jnp.float32)
+      p = jax.nn.softmax(s * HEAD_DIM**-0.5).astype(v.dtype)
+      return jnp.einsum('bkgs,bksh->bkgh', p, v,
+                        preferred_element_type=jnp.float32)
+
+    return Call(run, q, (k, v))
+
+  def shipped():
+    from jax.experimental.pallas.ops.gpu import decode_attention
+
+    def run(q, k, v):
+      return decode_attention.gqa(
+        q[:, 0], k.swapaxes(1, 2), v.swapaxes(1, 2)
+      )
+
+    # gqa wants [B S K H]; the transposed view costs a copy unless laid so.
+    def laid(q, k, v):
+      return decode_attention.gqa(q[:, 0], k, v)
+
+    del run
+    return Call(laid, q, (k.swapaxes(1, 2) + 0, v.swapaxes(1, 2) + 0))
+
+  return {'cudnn': cudnn, 'xla einsum': einsum, 'pallas shipped': shipped}
+
+
+def selections(
+  tokens=128 * KIB, chosen=64, implementation=None, variants=()
+) -> Iterator[Case]:
+  """selected_token: a few pages, a few tokens, a batch of sequences."""
+  page, calls = 64, 32
+  rng = np.random.default_rng(0)
+  count = tokens // page
+  pages = pool(KV_HEADS * count, page, 16)
+
+  def pick():
+    chosen_now = np.sort(
+      np.stack([rng.permutation(count)[:chosen] for _ in range(KV_HEADS)])
+    )[None]
+    base = np.arange(KV_HEADS)[None, :, None] * count
+    return jnp.asarray(chosen_now + base, jnp.int32), jnp.asarray(
+      chosen_now * page, jnp.int32
+    )
+
+  ids, starts = zip(*(pick() for _ in range(calls)))
+
+  def some_pages(sizes=None):
+    return _decode_call(
+      pages, ids, starts, tokens - 1, calls, implementation, sizes
+    )
+
+  made = {'ours': some_pages}
+  for sizes in variants:
+    name = 'ours ' + ' '.join(f'{n}={x}' for n, x in sizes.items())
+    made[name] = lambda sizes=sizes: some_pages(sizes)
+  yield Case(
+    'selected_token',
+    f'{chosen} pages of {_label(tokens)}',
+    KV_HEADS * chosen * page * _token_bytes(16),
+    'GB/s',
+    made,
+  )
+
+  width = 2048
+
+  def some_tokens():
+    def run(q, rows, positions, pages):
+      return selected_token.attend_tokens(
+        q,
+        pages,
+        rows,
+        positions,
+        q_positions=jnp.full((1, 1), tokens - 1, jnp.int32),
+        implementation=implementation,
+      )
+
+    inputs = []
+    for i in range(calls):
+      positions = np.stack(
+        [np.sort(rng.permutation(tokens)[:width]) for _ in range(KV_HEADS)]
+      )[None]
+      rows = positions + np.arange(KV_HEADS)[None, :, None] * tokens
+      inputs.append(
+        (
+          _normal(200 + i, (1, 1, HEADS, HEAD_DIM)),
+          jnp.asarray(rows, jnp.int32),
+          jnp.asarray(positions, jnp.int32),
+        )
+      )
+    return Call(run, inputs, (pages,))
+
+  yield Case(
+    'selected_token',
+    f'{width} tokens of {_label(tokens)}',
+    KV_HEADS * width * _token_bytes(16),
+    'GB/s',
+    {'ours': some_tokens},
+  )
+
+
+def batches(batch=16, tokens=32 * KIB, implementation=None) -> Iterator[Case]:
+  """selected_token: a batch of sequences that share no page."""
+  page = 64
+  count = tokens // page
+
+  def call():
+    pages = pool(batch * KV_HEADS * count, page, 16)
+    ids = jax.random.permutation(
+      jax.random.key(0), jnp.arange(pages.k.shape[0], dtype=jnp.int32)
+    ).reshape(batch, KV_HEADS, count)
+    starts = jnp.broadcast_to(
+      jnp.arange(count, dtype=jnp.int32) * page, ids.shape
+    )
+    return _decode_call(pages, [ids], [starts], tokens - 1, 4, implementation)
+
+  yield Case(
+    'selected_token',
+    f'batch {batch} at {_label(tokens)}',
+    batch * KV_HEADS * tokens * _token_bytes(16),
+    'GB/s',
+    {'ours': call},
+  )
+
+
+def scores(tokens=128 * KIB) -> Iterator[Case]:
+  """What selection needs beside attention."""
+  calls, page = 16, 16
+  keys = _normal(5, (1, KV_HEADS, tokens, HEAD_DIM))
+  paged = keys.reshape(1, KV_HEADS, -1, page, HEAD_DIM)
+  low, high = paged.min(3), paged.max(3)
+  q = [(_normal(100 + i, (1, 1, HEADS, HEAD_DIM)),) for i in range(calls)]
+  yield Case(
+    'page_scores',
+    _label(tokens),
+    low.nbytes + high.nbytes,
+    'GB/s',
+    {'ours': lambda: Call(selected_token.page_scores, q, (low, high))},
+  )
+
+  def vote(q, keys):
+    return selected_token.soft_vote(selected_token.token_scores(q, keys))
+
+  yield Case(
+    'token vote',
+    _label(tokens),
+    keys.nbytes,
+    'GB/s',
+    {'ours': lambda: Call(vote, q, (keys,))},
+  )
+  for rows, width, k in ((1, tokens, 2048), (8, 2048, 64)):
+    x = [(_normal(i, (rows, width), jnp.float32),) for i in range(calls)]
+    yield Case(
+      'top_k',
+      f'{rows} x {width}, k {k}',
+      rows * width * 4,
+      'GB/s',
+      {'ours': lambda x=x, k=k: Call(
+        lambda s: selected_token.top_k(s, k), x
+      )},
+    )
