@@ -96,29 +96,23 @@ def _kernel(*refs, static: _Static):
 
   def each_copy(step, slot, act):
     """Starts or waits for the copies of a step's listed pages."""
-    for e in range(group):
+
+    def one(e, _):
       name = entry(step, e)
 
       @pl.when(name >= 0)
-      def _(name=name, e=e):
-        act(
-          pltpu.make_async_copy(
-            k_hbm.at[name],
-            k_buf.at[slot, pl.ds(e * page, page)],
-            sems.at[slot],
-          )
-        )
-        act(
-          pltpu.make_async_copy(
-            v_hbm.at[name],
-            v_buf.at[slot, pl.ds(e * page, page)],
-            sems.at[slot],
-          )
-        )
+      def _():
+        tokens = pl.ds(pl.multiple_of(e * page, page), page)
+        copy = functools.partial(pltpu.make_async_copy, sem=sems.at[slot])
+        act(copy(k_hbm.at[name], k_buf.at[slot, tokens]))
+        act(copy(v_hbm.at[name], v_buf.at[slot, tokens]))
         for hbm, buf in zip(side_hbm, side_buf):
-          act(
-            pltpu.make_async_copy(hbm.at[name], buf.at[slot, e], sems.at[slot])
-          )
+          act(copy(hbm.at[name], buf.at[slot, e]))
+
+      return 0
+
+    # A loop, not unrolled: 32 pages a step would compile for a minute.
+    lax.fori_loop(0, group, one, 0)
 
   def slot_of(step):
     return lax.rem(base_ref[0] + step, stages)
