@@ -152,7 +152,7 @@ class Mixture:
     make = getattr(samples, kind)
     if kind in ('lines', 'common_words', 'frequent_words'):
       document = make(rng, self.source, room=int(room * 0.8) - 100)
-    elif kind == 'key_value':
+    elif kind in ('key_value', 'variables'):
       document = make(rng, self.source, room=room)
     else:
       document = make(rng, self.source)

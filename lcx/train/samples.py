@@ -190,6 +190,7 @@ def variables(
   rng: random.Random,
   source: Source,
   *,
+  room: int = 512,
   chains: int = 0,
   hops: int = 0,
   background: str = '',
@@ -199,13 +200,15 @@ def variables(
   Args:
     rng: random numbers.
     source: unused but for symmetry.
-    chains: how many; 0: 1 to 4.
+    room: tokens there are; what is drawn fits into it, nearly always.
+    chains: how many; 0: 1 to 8.
     hops: assignments from variable to variable in each chain; 0: 1 to 4.
     background: of the document; '': drawn.
   """
   del source
-  chains = chains or rng.randint(1, 4)
-  hops = hops or rng.randint(1, 4)
+  hops = hops or rng.choice((1, 2, 2, 3, 4))
+  most = max(1, min(8, room // (30 * (hops + 1))))
+  chains = chains or rng.randint(1, most)
   phrase = rng.choice(phrases.CHAINS)
   names = _names(rng, chains * (hops + 1))
   queues, asks = [], []
@@ -265,7 +268,7 @@ def common_words(rng: random.Random, source: Source, *, room: int) -> Document:
     [
       (
         phrases.fill(question, {'n': str(often)}),
-        ', '.join(words[:often]),
+        ', '.join(sorted(words[:often], key=listed.index)),
       )
     ],
     'items',
