@@ -1,15 +1,18 @@
 """Every method, and every legal composition, keeps the contract."""
 
 import dataclasses
+import functools
+import itertools
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcx import cache as caches
 from lcx import methods, sharding
-from lcx.engine import Engine, make_sampling
+from lcx.cache import CacheShape
+from lcx.engine import Engine, make_sampling, steps
 from lcx.methods.base import Prompt
 from lcx.methods.compose import legal
 from lcx.models import transformer
@@ -20,9 +23,18 @@ CAPACITY = 384
 CONTEXT = 300
 
 
-@pytest.fixture(scope='module')
-def weights():
-  return transformer.init(CONFIG, jax.random.key(0))
+def crossed():
+  """One legal composition a decode part, its prefill another method's."""
+  found = {}
+  for parts in legal():
+    prefill, cache, decode = parts
+    fitness = (cache == 'paged_int8') + 2 * (prefill != decode)
+    if fitness > found.get(decode, (-1,))[0]:
+      found[decode] = (fitness, parts)
+  return [parts for _, parts in found.values()]
+
+
+CROSSED = crossed()
 
 
 def prompt(seed: int, context: int = CONTEXT, questions: int = 1) -> Prompt:
@@ -51,42 +63,47 @@ def answer_scores(engine, prompts, steps=5, question=0):
   return tokens, np.asarray(session.scores)
 
 
-def dense_answer(weights, prompts, **kwargs):
-  engine = Engine(
+@functools.cache
+def make_engine(method, batch=1, mesh=(1, 1, 1)):
+  """An engine of this file's model; its programs serve several tests."""
+  return Engine(
     CONFIG,
-    weights,
-    methods.get_method('dense'),
+    transformer.init(CONFIG, jax.random.key(0)),
+    method,
     capacity=CAPACITY,
-    batch=len(prompts),
+    batch=batch,
+    room=64,
+    mesh=sharding.make_mesh(*mesh),
   )
+
+
+def dense_answer(prompts, **kwargs):
+  engine = make_engine(methods.get_method('dense'), len(prompts))
   return answer_scores(engine, prompts, **kwargs)
 
 
-def make_engine(weights, method, batch=1, **kwargs):
-  kwargs = {'capacity': CAPACITY, 'room': 64} | kwargs
-  return Engine(CONFIG, weights, method, batch=batch, **kwargs)
-
-
 @pytest.mark.parametrize('name', methods.names())
-def test_full_budget_equals_dense(weights, name):
+def test_full_budget_equals_dense(name):
   method = full(methods.get_method(name))
   prompts = [prompt(1)]
-  tokens, scores = answer_scores(make_engine(weights, method), prompts)
-  want_tokens, want = dense_answer(weights, prompts)
+  tokens, scores = answer_scores(make_engine(method), prompts)
+  want_tokens, want = dense_answer(prompts)
   assert tokens == want_tokens
   chex.assert_trees_all_close(scores, want, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize('name', methods.names())
-def test_padding_and_batch_order_do_not_matter(weights, name):
+def test_padding_and_batch_order_do_not_matter(name):
   method = methods.get_method(name)
   prompts = [prompt(2), prompt(3, context=190)]
-  both = make_engine(weights, method, batch=2)
+  both = make_engine(method, batch=2)
   tokens, scores = answer_scores(both, prompts)
   swapped, swapped_scores = answer_scores(both, prompts[::-1])
   assert swapped == tokens[::-1]
-  chex.assert_trees_all_close(scores, swapped_scores[::-1], rtol=1e-4, atol=1e-4)
-  alone = make_engine(weights, method)
+  chex.assert_trees_all_close(
+    scores, swapped_scores[::-1], rtol=1e-4, atol=1e-4
+  )
+  alone = make_engine(method)
   for row, one in enumerate(prompts):
     single, single_scores = answer_scores(alone, [one])
     assert single[0] == tokens[row]
@@ -96,14 +113,14 @@ def test_padding_and_batch_order_do_not_matter(weights, name):
 
 
 @pytest.mark.parametrize('name', methods.names())
-def test_no_value_from_the_future_reaches_an_output(weights, name):
+def test_no_value_from_the_future_reaches_an_output(name):
   """Later tokens change; the cache of a cut prompt must give the same logits.
 
   The question is fed in two ways: its last tokens differ. Logits after the
   common part must not.
   """
   method = methods.get_method(name)
-  engine = make_engine(weights, method)
+  engine = make_engine(method)
   first = prompt(4)
   tail = np.random.default_rng(5).integers(0, CONFIG.vocab_size, 4)
   session = engine.prefill([first], None)
@@ -120,8 +137,8 @@ def test_no_value_from_the_future_reaches_an_output(weights, name):
 
 
 @pytest.mark.parametrize('name', methods.names())
-def test_decode_traces_once(weights, name):
-  engine = make_engine(weights, methods.get_method(name))
+def test_decode_traces_once(name):
+  engine = make_engine(methods.get_method(name))
   session = engine.prefill([prompt(6)], 0)
   engine.decode(session, 3)
   compiled = engine.compilations
@@ -133,35 +150,98 @@ def test_decode_traces_once(weights, name):
 
 @pytest.mark.xdist_group('mesh')
 @pytest.mark.parametrize('name', methods.names())
-def test_sharded_equals_unsharded(weights, name):
+def test_sharded_equals_unsharded(name):
   method = methods.get_method(name)
   prompts = [prompt(8), prompt(9, context=211)]
-  tokens, scores = answer_scores(make_engine(weights, method, batch=2), prompts)
-  mesh = sharding.make_mesh(2, 2, 2)
+  tokens, scores = answer_scores(make_engine(method, batch=2), prompts)
   got, got_scores = answer_scores(
-    make_engine(weights, method, batch=2, mesh=mesh), prompts
+    make_engine(method, batch=2, mesh=(2, 2, 2)), prompts
   )
   assert got == tokens
   chex.assert_trees_all_close(got_scores, scores, rtol=2e-3, atol=2e-3)
 
 
-def test_every_legal_composition_runs(weights):
-  """Few tokens through each; at full budget all equal dense."""
+def trace_programs(method):
+  """Shapes of one prefill layer and one decode call, nothing compiled."""
+  plan = make_engine(methods.get_method('dense')).plan
+  plan = dataclasses.replace(plan, method=method)
+  hosts = max(method.prefill.hosts, 1)
+  length = 256 * hosts
+  shape = CacheShape(1, CONFIG.n_kv_heads, CONFIG.head_dim, CAPACITY, 'float32')
+
+  def programs(weights, tokens):
+    x = steps.embed_tokens(weights.embed, tokens, plan=plan)
+    places = jnp.arange(length, dtype=jnp.int32)[None]
+    x, cache, state, sums = steps.prefill_layer(
+      weights.layers[0],
+      x,
+      method.cache.init(shape),
+      method.decode.init_state(shape),
+      places,
+      places >= 0,
+      jnp.array([length], jnp.int32),
+      jnp.int32(0),
+      jnp.int32(0),
+      plan=plan,
+    )
+    state = steps.start_layer(cache, state, plan=plan)
+    one = dataclasses.replace(weights, layers=weights.layers[:1])
+    few = steps.few_tokens(
+      one,
+      (cache,),
+      (state,),
+      tokens[:, : method.decode.max_queries],
+      jnp.array([length], jnp.int32),
+      jnp.array([1], jnp.int32),
+      jnp.int32(0),
+      plan=plan,
+    )
+    return sums, few[0], few[3]
+
+  tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+  return jax.eval_shape(programs, transformer.abstract(CONFIG), tokens)
+
+
+def test_every_two_parts_that_may_meet_trace_together():
+  """Shapes and dtypes fit, for every pair of parts in a legal composition."""
   compositions = legal()
   print(f'{len(compositions)} legal compositions')
   assert ('dense', 'dense', 'dense') in compositions
-  prompts = [prompt(10, context=150)]
-  want_tokens, want = dense_answer(weights, prompts, steps=2)
-  for prefill, cache, decode in compositions:
-    method = methods.compose(prefill, cache, decode)
-    exact = method.at_full_budget(CAPACITY)
-    tokens, scores = answer_scores(
-      make_engine(weights, exact or method), prompts, steps=2
-    )
-    assert np.all(np.isfinite(scores)), method.name
-    if exact and getattr(caches.CONFIGS[cache], 'bits', 16) >= 16:
-      assert tokens == want_tokens, method.name
-      chex.assert_trees_all_close(scores, want, rtol=2e-3, atol=2e-3)
+  met = set()
+  for parts in compositions:
+    pairs = set(itertools.combinations(enumerate(parts), 2))
+    if pairs <= met:
+      continue
+    met |= pairs
+    sums, scores, few_sums = trace_programs(methods.compose(*parts))
+    assert scores.shape == (1, CONFIG.vocab_size), parts
+    assert {'keys', 'pairs'} <= set(sums) & set(few_sums), parts
+
+
+def check_composition(prefill, cache, decode):
+  """Runs it; at full budget it equals dense, where the cache is exact."""
+  method = methods.compose(prefill, cache, decode)
+  exact = method.at_full_budget(CAPACITY)
+  prompts = [prompt(10, context=100)]
+  engine = make_engine(exact or method)
+  tokens, scores = answer_scores(engine, prompts, steps=2)
+  assert np.all(np.isfinite(scores))
+  if exact and getattr(method.cache, 'bits', 16) >= 16:
+    want_tokens, want = dense_answer(prompts, steps=2)
+    assert tokens == want_tokens
+    chex.assert_trees_all_close(scores, want, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize('parts', CROSSED, ids='+'.join)
+def test_foreign_parts_run_together(parts):
+  """Each decode after a foreign prefill, on the int8 cache where it can be."""
+  check_composition(*parts)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('parts', legal(), ids='+'.join)
+def test_every_legal_composition_runs(parts):
+  check_composition(*parts)
 
 
 def test_an_illegal_composition_is_refused():
@@ -178,8 +258,8 @@ def test_unknown_names_and_fields_are_refused():
     methods.get_method('quest', budget='many')
 
 
-def test_context_longer_than_the_cache_is_refused(weights):
-  engine = make_engine(weights, methods.get_method('dense'))
+def test_context_longer_than_the_cache_is_refused():
+  engine = make_engine(methods.get_method('dense'))
   with pytest.raises(ValueError, match='exceeds the cache'):
     engine.prefill([prompt(11, context=500)])
   session = engine.prefill([prompt(11)], 0)
@@ -187,9 +267,9 @@ def test_context_longer_than_the_cache_is_refused(weights):
     engine.decode(session, 500)
 
 
-def test_several_questions_of_one_context(weights):
+def test_several_questions_of_one_context():
   """Context first, rewound between questions, equals asking each afresh."""
-  engine = make_engine(weights, methods.get_method('dense'))
+  engine = make_engine(methods.get_method('dense'))
   both = prompt(12, questions=2)
   answers = engine.generate([both], 4, protocol='context_first')[0]
   for i, answer in enumerate(answers):
@@ -201,8 +281,8 @@ def test_several_questions_of_one_context(weights):
   assert answers[0].density == 1.0
 
 
-def test_rows_stop_and_sample_on_their_own(weights):
-  engine = make_engine(weights, methods.get_method('dense'), batch=2)
+def test_rows_stop_and_sample_on_their_own():
+  engine = make_engine(methods.get_method('dense'), batch=2)
   session = engine.prefill([prompt(13), prompt(14)], 0)
   tokens, _ = engine.decode(session, 6)
   stop = tokens[0][2]
