@@ -23,7 +23,7 @@ from lcx.cache.base import (
   status_after_cut,
 )
 from lcx.cache.stats import Bounds
-from lcx.cache.write import put, window, write_pages
+from lcx.cache.write import merged_pages, put_at, put_slices, take_at, window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,14 +151,12 @@ class DenseCache:
     )
     offset = self.used % page
     pages = self._touched(count, window(k.shape[1], page))
-    target = jnp.where(pages < 0, -1, self._row_pages() + pages)
-    source = target[..., 0]
 
-    def write(pool, tokens):
-      flat = pool.reshape(-1, page, pool.shape[-1])
+    def write(kept, tokens):
+      older = take_at(self._in_pages(kept), pages[..., :1])[:, :, 0]
       tokens = jnp.swapaxes(tokens, 1, 2)
-      flat = write_pages(flat, tokens, offset, count, source, target)
-      return flat.reshape(pool.shape)
+      new = merged_pages(tokens, older, offset, count)
+      return put_slices(kept, pages, new)
 
     stats = self.stats
     if stats is not None:
@@ -167,7 +165,7 @@ class DenseCache:
       self,
       k=write(self.k, k),
       v=write(self.v, v),
-      starts=self._new_starts(pages[:, 0], positions[:, 0] - offset),
+      starts=self._new_starts(pages[:, :1], positions[:, 0] - offset),
       used=self.used + count,
       status=status,
       stats=stats,
@@ -179,7 +177,10 @@ class DenseCache:
     first = jnp.arange(self.starts.shape[1], dtype=jnp.int32) * self.page
     stats = self.stats
     if stats is not None:
-      keys = self._page_of(self.k, lengths // self.page).astype(jnp.float32)
+      b, h = self.k.shape[:2]
+      index = jnp.broadcast_to((lengths // self.page)[:, None, None], (b, h, 1))
+      keys = take_at(self._in_pages(self.k), index)[:, :, 0]
+      keys = keys.astype(jnp.float32)
       error = jnp.zeros(keys.shape[:3], jnp.float32)
       stats = stats.cut(keys, error, lengths < self.used, lengths)
     return dataclasses.replace(
@@ -268,24 +269,21 @@ class DenseCache:
     b, h, w = *self.k.shape[:2], self.starts.shape[1]
     return jnp.arange(b * h, dtype=jnp.int32).reshape(b, h, 1) * w
 
-  def _touched(self, count, n: int) -> Int32[Array, 'B 1 n']:
+  def _touched(self, count, n: int) -> Int32[Array, 'B K n']:
     """Index in the row of the n pages an append touches; -1: not touched."""
     index = (self.used // self.page)[:, None] + jnp.arange(n, dtype=jnp.int32)
-    touched = (index * self.page < (self.used + count)[:, None]) & (count > 0)[
-      :, None
-    ]
-    return jnp.where(touched, index, -1)[:, None]
+    stop = jnp.where(count > 0, self.used + count, 0)
+    index = jnp.where(index * self.page < stop[:, None], index, -1)
+    b, h = self.k.shape[:2]
+    return jnp.broadcast_to(index[:, None], (b, h, n))
 
-  def _new_starts(self, pages: Int32[Array, 'B n'], first: Int32[Array, 'B']):
+  def _new_starts(self, pages: Int32[Array, 'B 1 n'], first: Int32[Array, 'B']):
     """Start positions, the open page's at `first` and its successors'."""
-    b, w = self.starts.shape
-    n = pages.shape[1]
-    ids = jnp.where(pages < 0, -1, jnp.arange(b)[:, None] * w + pages)
-    starts = first[:, None] + jnp.arange(n, dtype=jnp.int32) * self.page
-    return put(self.starts.reshape(-1), ids, starts).reshape(b, w)
+    numbers = jnp.arange(pages.shape[2], dtype=jnp.int32)
+    starts = first[:, None, None] + numbers * self.page
+    return put_at(self.starts[:, None], pages, starts)[:, 0]
 
-  def _page_of(self, pool, index: Int32[Array, 'B']):
-    """[B K page H]: one page of each row."""
-    w = self.starts.shape[1]
-    flat = pool.reshape(-1, self.page, pool.shape[-1])
-    return flat[self._row_pages()[..., 0] + jnp.minimum(index, w - 1)[:, None]]
+  def _in_pages(self, kept: Float[Array, 'B K S H']):
+    """[B K W page H]; free."""
+    b, h, _, d = kept.shape
+    return kept.reshape(b, h, -1, self.page, d)

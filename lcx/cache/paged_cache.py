@@ -40,7 +40,7 @@ from lcx.cache.base import (
 from lcx.cache.quantise import encode, error_bound
 from lcx.cache.stats import Bounds, Moments, Stats
 from lcx.cache.vacancy import Vacancy, holders
-from lcx.cache.write import put, window, write_pages
+from lcx.cache.write import merged_pages, put, put_at, take_at, window
 
 if TYPE_CHECKING:
   from lcx.cache.paged import Paged
@@ -112,7 +112,7 @@ class PagedCache:
     first = positions[:, 0] - offset
     count, status = self._admitted(count, positions)
     slot, alive = self._touched(count, window(k.shape[1], page))
-    held = jnp.where(alive, self._at(self.table, slot), -1)
+    held = jnp.where(alive, take_at(self.table, slot), -1)
     wanted = alive & (held < 0)
     granted = self._granted(wanted)
     count, status = settle(status, count, (Status.OUT_OF_PAGES, ~granted))
@@ -121,8 +121,9 @@ class PagedCache:
     target = jnp.where(alive, jnp.maximum(held, fresh), -1)
 
     def write(pool, tokens):
+      older = pool[jnp.maximum(held[..., 0], 0)]
       tokens = jnp.swapaxes(tokens, 1, 2)
-      return write_pages(pool, tokens, offset, count, held[..., 0], target)
+      return put(pool, target, merged_pages(tokens, older, offset, count))
 
     numbers = jnp.arange(slot.shape[2], dtype=jnp.int32)
     starts = jnp.broadcast_to(first[:, None, None] + numbers * page, slot.shape)
@@ -133,8 +134,8 @@ class PagedCache:
     return dataclasses.replace(
       self,
       pool=jax.tree.map(write, self.pool, encode(k, v, self.config.bits)),
-      table=self._set(self.table, slot, wanted & alive, fresh),
-      starts=self._set(self.starts, slot, alive, starts),
+      table=put_at(self.table, jnp.where(fresh < 0, -1, slot), fresh),
+      starts=put_at(self.starts, jnp.where(alive, slot, -1), starts),
       used=self.used + count,
       peak=jnp.maximum(self.peak, self.used + count),
       status=status,
@@ -175,11 +176,12 @@ class PagedCache:
       self, **jax.tree.map(lambda x: x[sources], self._per_row())
     )
     slot, mutable = rows._mutable()
-    held = rows._at(rows.page_ids(), slot)
+    held = take_at(rows.page_ids(), slot)
     copied = mutable & moved[:, None, None] & (held >= 0)
     # Pages that wait for tokens to come stay with the source.
     table = jnp.where(moved[:, None, None], rows.page_ids(), rows.table)
-    table = rows._set(table, slot, copied, jnp.full_like(slot, -1))
+    private = jnp.where(copied, slot, -1)
+    table = put_at(table, private, jnp.full_like(slot, -1))
     forked, granted = rows._recounted(table)._with_copies(slot, copied, held)
     return forked._failed(~granted)
 
@@ -307,24 +309,6 @@ class PagedCache:
     ringed = jnp.where(number < sink, number, around)
     return jnp.where(self.ring[:, None], ringed[:, None], number[:, None])
 
-  def _at(
-    self, table: Int32[Array, 'B K W'], slot: Int32[Array, 'B K n']
-  ) -> Int32[Array, 'B K n']:
-    last = table.shape[2] - 1
-    return jnp.take_along_axis(table, jnp.clip(slot, 0, last), axis=2)
-
-  def _set(
-    self,
-    table: Int32[Array, 'B K W'],
-    slot: Int32[Array, 'B K n'],
-    where: Bool[Array, 'B K n'],
-    values: Int32[Array, 'B K n'],
-  ) -> Int32[Array, 'B K W']:
-    b, h, w = table.shape
-    row = jnp.arange(b * h, dtype=jnp.int32).reshape(b, h, 1)
-    ids = jnp.where(where, row * w + slot, -1)
-    return put(table.reshape(-1), ids, values).reshape(table.shape)
-
   def _admitted(self, count, positions: Int32[Array, 'B T']):
     """(count, status) of an append, before pages are asked for."""
     page, used = self.page, self.used
@@ -382,7 +366,7 @@ class PagedCache:
     if self.stats is None:
       return None
     logical = self.config.logical_page
-    ids = self._at(self.table, self._slot((lengths // self.page)[:, None]))
+    ids = take_at(self.table, self._slot((lengths // self.page)[:, None]))
     ids = jnp.maximum(ids[:, self._safe_stats_heads(), 0], 0)
     part = (lengths % self.page) // logical
 
@@ -410,7 +394,7 @@ class PagedCache:
     slot = self._slot((used // page)[:, None])
     cut = (used < self.shared) & (used % page > 0)
     copied = cut[:, None, None] & ~self.ring[:, None]
-    held = self._at(self.table, slot)
+    held = take_at(self.table, slot)
     first = jnp.arange(self.table.shape[2], dtype=jnp.int32) * page
     behind = (held_until[:, None] <= first) & (first < self.shared[:, None])
     behind = behind[:, None] & ~self.ring[:, None]
@@ -445,7 +429,7 @@ class PagedCache:
     cache = dataclasses.replace(
       self,
       pool=_copy_pages(self.pool, fresh, self.pool, held),
-      table=self._set(self.table, slot, fresh >= 0, fresh),
+      table=put_at(self.table, jnp.where(fresh < 0, -1, slot), fresh),
       vacancy=vacancy,
     )
     return cache, granted

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from lcx.cache.write import lay_out, put, slots_filled
+from lcx.cache.write import lay_out, put_at, slots_filled, take_at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,13 +28,13 @@ class _Touched:
   """The logical pages that an append touches: n from the open one on.
 
   Attributes:
-    ids: int32 [B h n] into arrays [B h C H] as [B*h*C, H]; -1: not touched.
+    index: int32 [B h n] of logical pages; -1: not touched.
     had: bool [B n] whether a page held tokens before.
     arrived: bool [B n logical] the slots that new tokens take.
     keys: [B h n logical H] new keys by slot.
   """
 
-  ids: Int32[Array, 'B h n']
+  index: Int32[Array, 'B h n']
   had: Bool[Array, 'B n']
   arrived: Bool[Array, 'B n logical']
   keys: Float[Array, 'B h n logical H']
@@ -48,9 +48,9 @@ class _Touched:
     arrived = slots_filled(offset, count, n, logical)
     index = (used // logical)[:, None] + jnp.arange(n, dtype=jnp.int32)
     touched = jnp.any(arrived, axis=-1) & (index < c)
-    ids = _flat(b, h, c, index[:, None])
+    index = jnp.where(touched, index, -1)[:, None]
     had = (jnp.arange(n) == 0) & (offset > 0)[:, None]
-    return cls(jnp.where(touched[:, None], ids, -1), had, arrived, keys)
+    return cls(jnp.broadcast_to(index, (b, h, n)), had, arrived, keys)
 
 
 @jax.tree_util.register_dataclass
@@ -83,9 +83,13 @@ class Bounds:
     low = jnp.min(jnp.where(arrived, new.keys, jnp.inf), axis=3)
     high = jnp.max(jnp.where(arrived, new.keys, -jnp.inf), axis=3)
     had = new.had[:, None, :, None]
-    low = jnp.where(had, jnp.minimum(low, _take(self.kmin, new.ids)), low)
-    high = jnp.where(had, jnp.maximum(high, _take(self.kmax, new.ids)), high)
-    return Bounds(_put(self.kmin, new.ids, low), _put(self.kmax, new.ids, high))
+    low = jnp.where(had, jnp.minimum(low, take_at(self.kmin, new.index)), low)
+    high = jnp.where(
+      had, jnp.maximum(high, take_at(self.kmax, new.index)), high
+    )
+    return Bounds(
+      put_at(self.kmin, new.index, low), put_at(self.kmax, new.index, high)
+    )
 
   def cut(
     self,
@@ -102,15 +106,15 @@ class Bounds:
       cut: rows to change.
       lengths: tokens that remain.
     """
-    ids, kept = _cut_page(self.kmin.shape, keys.shape[2], cut, lengths)
+    index, kept = _cut_page(self.kmin.shape, keys.shape[2], cut, lengths)
     kept = kept[:, None, :, None]
     error = error[..., None]
-    low = jnp.min(jnp.where(kept, keys - error, jnp.inf), axis=2)
-    high = jnp.max(jnp.where(kept, keys + error, -jnp.inf), axis=2)
+    low = jnp.where(kept, keys - error, jnp.inf).min(axis=2, keepdims=True)
+    high = jnp.where(kept, keys + error, -jnp.inf).max(axis=2, keepdims=True)
     dtype = self.kmin.dtype
-    low = jnp.maximum(_round_down(low, dtype), _take(self.kmin, ids))
-    high = jnp.minimum(-_round_down(-high, dtype), _take(self.kmax, ids))
-    return Bounds(_put(self.kmin, ids, low), _put(self.kmax, ids, high))
+    low = jnp.maximum(_round_down(low, dtype), take_at(self.kmin, index))
+    high = jnp.minimum(-_round_down(-high, dtype), take_at(self.kmax, index))
+    return Bounds(put_at(self.kmin, index, low), put_at(self.kmax, index, high))
 
 
 @jax.tree_util.register_dataclass
@@ -138,20 +142,21 @@ class Moments:
     keys = jnp.where(arrived, new.keys.astype(jnp.float32), 0)
     total, square = jnp.sum(keys, axis=3), jnp.sum(keys**2, axis=3)
     had = new.had[:, None, :, None]
-    total += jnp.where(had, _take(self.total, new.ids), 0)
-    square += jnp.where(had, _take(self.square, new.ids), 0)
+    total += jnp.where(had, take_at(self.total, new.index), 0)
+    square += jnp.where(had, take_at(self.square, new.index), 0)
     return Moments(
-      _put(self.total, new.ids, total), _put(self.square, new.ids, square)
+      put_at(self.total, new.index, total),
+      put_at(self.square, new.index, square),
     )
 
   def cut(self, keys, error, cut, lengths) -> 'Moments':
     """As `Bounds.cut`; sums of quantised keys carry their rounding."""
     del error
-    ids, kept = _cut_page(self.total.shape, keys.shape[2], cut, lengths)
+    index, kept = _cut_page(self.total.shape, keys.shape[2], cut, lengths)
     keys = jnp.where(kept[:, None, :, None], keys, 0)
     return Moments(
-      _put(self.total, ids, jnp.sum(keys, axis=2)),
-      _put(self.square, ids, jnp.sum(keys**2, axis=2)),
+      put_at(self.total, index, jnp.sum(keys, axis=2, keepdims=True)),
+      put_at(self.square, index, jnp.sum(keys**2, axis=2, keepdims=True)),
     )
 
   def mean_std(
@@ -167,31 +172,13 @@ class Moments:
 Stats = Bounds | Moments
 
 
-def _flat(b: int, h: int, c: int, index: Int32[Array, 'B 1 n']):
-  """Index [B h n] of [b, h, index] in an array [B h C H] as [B*h*C, H]."""
-  row = jnp.arange(b * h, dtype=jnp.int32).reshape(b, h, 1)
-  return row * c + index
-
-
 def _cut_page(shape, logical: int, cut, lengths):
-  """(ids [B h] of the page that `lengths` ends in, kept bool [B logical])."""
-  b, h, c, _ = shape
-  index = (lengths // logical)[:, None, None]
-  ids = _flat(b, h, c, jnp.minimum(index, c - 1))[..., 0]
+  """(index [B h 1] of the page that `lengths` ends in, kept [B logical])."""
+  b, h, _, _ = shape
   cut &= lengths % logical > 0
+  index = jnp.where(cut, lengths // logical, -1)
   kept = jnp.arange(logical) < (lengths % logical)[:, None]
-  return jnp.where(cut[:, None], ids, -1), kept
-
-
-def _take(stat: Float[Array, 'B h C H'], ids: Int32[Array, 'B h *n']):
-  flat = stat.reshape(-1, stat.shape[-1])
-  if not flat.shape[0]:
-    return jnp.zeros((*ids.shape, flat.shape[-1]), stat.dtype)
-  return flat[jnp.maximum(ids, 0)]
-
-
-def _put(stat: Float[Array, 'B h C H'], ids: Int32[Array, 'B h *n'], values):
-  return put(stat.reshape(-1, stat.shape[-1]), ids, values).reshape(stat.shape)
+  return jnp.broadcast_to(index[:, None, None], (b, h, 1)), kept
 
 
 def _round_down(x: Float[Array, '*n'], dtype) -> Float[Array, '*n']:

@@ -43,50 +43,104 @@ def slots_filled(
   return ((first <= slot) & (slot < stop)).reshape(-1, pages, page)
 
 
+def merged_pages(
+  tokens: Num[Array, 'B K T *R'],
+  older: Num[Array, 'B K page *R'],
+  offset: Int32[Array, 'B'],
+  count: Int32[Array, 'B'],
+) -> Num[Array, 'B K n page *R']:
+  """Whole pages to write: older tokens, then the first `count` new ones.
+
+  Args:
+    tokens: new ones.
+    older: the open page as it is; its first `offset` slots are kept.
+    offset: slots of the open page that hold tokens.
+    count: tokens that arrive, from 0 to T.
+
+  Returns:
+    The window's pages; slots behind the last token are 0.
+  """
+  # Read and written in one fusion, the whole pool would be copied.
+  older = jax.lax.optimization_barrier(older)
+  page = older.shape[2]
+  new = lay_out(tokens.astype(older.dtype), offset, page)
+  filled = slots_filled(offset, count, new.shape[2], page)
+  kept = jnp.arange(page) < offset[:, None]
+  tail = (1,) * (new.ndim - 4)
+  filled = filled.reshape(filled.shape[0], 1, *filled.shape[1:], *tail)
+  kept = kept.reshape(kept.shape[0], 1, page, *tail)
+  new = jnp.where(filled, new, 0)
+  return new.at[:, :, 0].set(jnp.where(kept, older, new[:, :, 0]))
+
+
 def put(
   pool: Num[Array, 'P *R'], ids: Int32[Array, '*n'], values: Num[Array, '...']
 ) -> Num[Array, 'P *R']:
-  """Scatters values to pool[ids]; a negative id writes nothing.
+  """Scatters values [*n *R] to pool[ids]; a negative id writes nothing.
 
   Ids that are not negative must be unique.
   """
-  size = pool.shape[0]
-  ids = ids.reshape(-1)
-  # Different ids out of range, dropped, keep the promise that ids are unique.
-  away = size + jnp.arange(ids.shape[0], dtype=jnp.int32)
-  ids = jnp.where(ids < 0, away, ids)
+  ids = _out_of_reach(ids.reshape(-1), pool.shape[0])
   values = values.reshape(-1, *pool.shape[1:]).astype(pool.dtype)
   return pool.at[ids].set(values, mode='drop', unique_indices=True)
 
 
-def write_pages(
-  pool: Num[Array, 'P page *R'],
-  tokens: Num[Array, 'B K T *R'],
-  offset: Int32[Array, 'B'],
-  count: Int32[Array, 'B'],
-  source: Int32[Array, 'B K'],
-  target: Int32[Array, 'B K n'],
-) -> Num[Array, 'P page *R']:
-  """Writes the first `count` tokens of each row, from slot `offset` on.
+def put_at(
+  array: Num[Array, 'B K W *R'],
+  index: Int32[Array, 'B K n'],
+  values: Num[Array, 'B K n *R'],
+) -> Num[Array, 'B K W *R']:
+  """Scatters values to array[b, h, index[b, h]]; a negative one is dropped.
 
-  Args:
-    pool: keys, values, or their scales.
-    tokens: new ones.
-    offset: slots of the open page that hold older tokens.
-    count: tokens that arrive, from 0 to T.
-    source: page with the open page's older tokens; read where offset > 0.
-    target: pages of the window in the pool; -1: not written.
-
-  Returns:
-    The pool. Slots behind the last token of a written page are 0.
+  Indices of a (row, head) that are not negative must be unique. Not flattened
+  to `put`: XLA would copy the array where K is 1.
   """
-  page = pool.shape[1]
-  new = lay_out(tokens.astype(pool.dtype), offset, page)
-  filled = slots_filled(offset, count, new.shape[2], page)
-  tail = (1,) * (new.ndim - 4)
-  filled = filled.reshape(*filled.shape[:1], 1, *filled.shape[1:], *tail)
-  new = jnp.where(filled, new, 0)
-  older = jnp.arange(page) < offset[:, None, None]
-  older = older.reshape(*older.shape, *tail)
-  open_page = jnp.where(older, pool[jnp.maximum(source, 0)], new[:, :, 0])
-  return put(pool, target, new.at[:, :, 0].set(open_page))
+  b, h, _ = index.shape
+  return array.at[
+    jnp.arange(b)[:, None, None],
+    jnp.arange(h)[:, None],
+    _out_of_reach(index, array.shape[2]),
+  ].set(values.astype(array.dtype), mode='drop', unique_indices=True)
+
+
+def take_at(
+  array: Num[Array, 'B K W *R'], index: Int32[Array, 'B K n']
+) -> Num[Array, 'B K n *R']:
+  """Gathers array[b, h, index[b, h]]; indices out of range are clipped."""
+  b, h, _ = index.shape
+  index = jnp.clip(index, 0, array.shape[2] - 1)
+  return array[jnp.arange(b)[:, None, None], jnp.arange(h)[:, None], index]
+
+
+def put_slices(
+  array: Num[Array, 'B K S *R'],
+  index: Int32[Array, 'B K n'],
+  values: Num[Array, 'B K n page *R'],
+) -> Num[Array, 'B K S *R']:
+  """Writes pages of a contiguous array: [b, h, index * page : + page].
+
+  As `put_at` on the array in pages, without the reshape, after which XLA would
+  copy the array where K is 1.
+  """
+  b, h, _, page = values.shape[:4]
+  start = _out_of_reach(index, array.shape[2]) * page
+  row = jnp.broadcast_to(jnp.arange(b)[:, None, None], index.shape)
+  head = jnp.broadcast_to(jnp.arange(h)[:, None], index.shape)
+  return jax.lax.scatter(
+    array,
+    jnp.stack([row, head, start], axis=-1),
+    values.astype(array.dtype),
+    jax.lax.ScatterDimensionNumbers(
+      update_window_dims=tuple(range(3, values.ndim)),
+      inserted_window_dims=(0, 1),
+      scatter_dims_to_operand_dims=(0, 1, 2),
+    ),
+    unique_indices=True,
+    mode='drop',
+  )
+
+
+def _out_of_reach(index: Int32[Array, '*n'], size: int) -> Int32[Array, '*n']:
+  """Negative indices beyond `size`, all different: dropped, yet unique."""
+  away = jnp.arange(index.size, dtype=jnp.int32).reshape(index.shape)
+  return jnp.where(index < 0, size + away, index)
