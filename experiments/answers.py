@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from experiments import comparison
+from experiments.models import Source
 from experiments.prompts import Template
 from experiments.results import Row
 
@@ -42,6 +43,7 @@ class Variant:
 class Place:
   """One row to be: where it stands in the tables, and its key."""
 
+  source: Source
   variant: Variant
   protocol: str
   task: str
@@ -127,16 +129,20 @@ def answer(
       ]
 
 
+def capacity_for(length: int, capacity: int) -> int:
+  """Tokens of a cache for a length: as asked, or in whole pages."""
+  return capacity or -(-(length + _SEAMS) // _PAGE) * _PAGE
+
+
 def make_engine(model: Any, method: Any, length: int, setting: Setting) -> Any:
-  """An engine whose cache holds `length` tokens, in whole pages."""
+  """An engine whose cache holds `length` tokens."""
   from lcx.engine import Engine
 
-  capacity = setting.capacity or -(-(length + _SEAMS) // _PAGE) * _PAGE
   return Engine(
     model.config,
     model.weights,
     method,
-    capacity=capacity,
+    capacity=capacity_for(length, setting.capacity),
     batch=setting.batch,
   )
 
@@ -161,6 +167,8 @@ def _row(
   question = sample.questions[place.question]
   return {
     'key': place.key,
+    'model': place.source.name,
+    'model_sha256': place.source.sha256,
     'method': place.variant.label,
     **place.variant.parts,
     'protocol': place.protocol,

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import tqdm
+from absl import logging
 
 from experiments import answers, environment, files, models, report
 from experiments.answers import Place, Variant
@@ -38,7 +39,7 @@ class Config:
   Attributes:
     title: of the report.
     model: a Hugging Face folder, a GGUF file, or `preset:NAME` for random
-      weights of a preset's shape.
+      weights of a preset's shape; several are separated by commas.
     methods: label -> the numbers of a method; `method` names it where the label
       is another word, so that one method may stand with several budgets.
     tasks: label -> the fields of a task; `task` names it likewise. With a field
@@ -104,21 +105,24 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     label: _task(label, f, config.max_new_tokens)
     for label, f in config.tasks.items()
   }
-  source = models.find(config.model, config.seed)
+  sources = [
+    models.find(spec.strip(), config.seed) for spec in config.model.split(',')
+  ]
   where = environment.describe()
-  places = _places(config, variants, tasks, source, where)
-  origin = _origin(config, source, where)
+  places = _places(config, variants, tasks, sources, where)
+  origin = _origin(config, where)
   with Results(workdir / 'results.jsonl') as results:
+    missing = [p for p in places if not _done(results.rows.get(p.key))]
+    _check(config, missing)
     write_json(workdir / 'config.json', _config_json(config, variants))
     write_json(workdir / 'env.json', where)
-    missing = [p for p in places if not _done(results.rows.get(p.key))]
     if missing:
       with _progress(len(places), len(places) - len(missing)) as bar:
-        for rows in _answers(config, missing, tasks, source, bar):
+        for rows in _answers(config, missing, tasks, bar):
           results.append(row | origin for row in rows)
           bar.update(len(rows))
     rows = [results.rows[p.key] for p in places]
-    _report(config, workdir, rows, source)
+    _report(config, workdir, rows)
 
 
 def _variant(label: str, fields: dict[str, Any]) -> Variant:
@@ -163,15 +167,13 @@ def _places(
   config: Config,
   variants: Sequence[Variant],
   tasks: dict[str, Any],
-  source: models.Source,
+  sources: Sequence[models.Source],
   where: dict[str, Any],
 ) -> list[Place]:
   """All rows of the report, in its order."""
   shared = {
     'versions': {k: where['versions'][k] for k in ('jax', 'jaxlib')},
     'device': where['device'],
-    'model': source.name,
-    'model_sha256': source.sha256,
     'seed': config.seed,
     'dtype': config.dtype,
     'batch': config.batch,
@@ -179,14 +181,21 @@ def _places(
     'haystack': _digest(config),
   }
   places = []
-  for protocol, (label, task), length, sample in itertools.product(
-    config.protocols, tasks.items(), config.lengths, range(config.samples)
+  for source, protocol, (label, task), length, sample in itertools.product(
+    sources,
+    config.protocols,
+    tasks.items(),
+    config.lengths,
+    range(config.samples),
   ):
     if sample >= getattr(task, 'size', sample + 1):
       continue  # a file holds no more
     for variant, question in itertools.product(variants, range(task.questions)):
       identity = {
         'code': variant.code,
+        'model': source.name,
+        'model_sha256': source.sha256,
+        'model_side': source.side,
         'method': variant.label,
         'protocol': protocol,
         'task': label,
@@ -197,11 +206,8 @@ def _places(
         **variant.parts,
         **shared,
       }
-      places.append(
-        Place(
-          variant, protocol, label, length, sample, question, key_of(identity)
-        )
-      )
+      row = (source, variant, protocol, label, length, sample, question)
+      places.append(Place(*row, key_of(identity)))
   return places
 
 
@@ -220,14 +226,40 @@ def _progress(total: int, done: int) -> tqdm.tqdm:
   )
 
 
+def _check(config: Config, missing: Sequence[Place]) -> None:
+  """Lets the parts refuse model and capacity before weights are read.
+
+  Raises:
+    ValueError: a part refuses, or the model's header is damaged.
+  """
+  for source in dict.fromkeys(p.source for p in missing):
+    numbers = models.numbers(source, config.dtype)
+    for variant in dict.fromkeys(p.variant for p in missing):
+      for length in config.lengths:
+        capacity = answers.capacity_for(length, config.capacity)
+        for part in (variant.method.prefill, variant.method.decode):
+          try:
+            part.check(numbers, capacity)
+          except ValueError as error:
+            raise ValueError(
+              f'config.methods.{variant.label} on {source.name}, length '
+              f'{length}: {error}'
+            ) from error
+    if numbers.max_position < max(config.lengths):
+      logging.warning(
+        '%s was trained for %d tokens, config.lengths reaches %d',
+        source.name,
+        numbers.max_position,
+        max(config.lengths),
+      )
+
+
 def _answers(
   config: Config,
   missing: Sequence[Place],
   tasks: dict[str, Any],
-  source: models.Source,
   bar: tqdm.tqdm,
 ) -> Iterator[list[Row]]:
-  bar.set_description_str('loading the model')
   setting = answers.Setting(
     samples=config.samples,
     seed=config.seed,
@@ -236,12 +268,15 @@ def _answers(
     haystack=_haystack(config),
     transfer_guard=config.transfer_guard,
   )
-  model = models.load(source, config.dtype)
 
   def say(text: str) -> None:
     bar.set_description_str(text, refresh=sys.stderr.isatty())
 
-  return answers.answer(missing, tasks, model, setting, say)
+  for source in dict.fromkeys(p.source for p in missing):
+    say('loading the model')
+    model = models.load(source, config.dtype)
+    mine = [p for p in missing if p.source == source]
+    yield from answers.answer(mine, tasks, model, setting, say)
 
 
 def _digest(config: Config) -> str:
@@ -258,14 +293,10 @@ def _haystack(config: Config) -> str | None:
   return text
 
 
-def _origin(
-  config: Config, source: models.Source, where: dict[str, Any]
-) -> Row:
+def _origin(config: Config, where: dict[str, Any]) -> Row:
   return {
     'seed': config.seed,
     'dtype': config.dtype,
-    'model': source.name,
-    'model_sha256': source.sha256,
     'device': where['device'],
     'versions': ' '.join(f'{k}={v}' for k, v in where['versions'].items()),
     'git': where['git'],
@@ -284,12 +315,14 @@ def _report(
   config: Config,
   workdir: pathlib.Path,
   rows: Sequence[Row],
-  source: models.Source,
 ) -> None:
   """Writes and prints the report; raises Failure where a row has no score."""
   facts = {
     'command': f'python -m experiments.run {" ".join(sys.argv[1:])}',
-    'model': f'{source.name}, {config.dtype}, SHA-256 {source.sha256}',
+    **{
+      f'model {r["model"]}': f'{config.dtype}, SHA-256 {r["model_sha256"]}'
+      for r in {r['model_sha256']: r for r in rows}.values()
+    },
     'device': ', '.join(dict.fromkeys(r['device'] for r in rows)),
     'versions': ', '.join(dict.fromkeys(r['versions'] for r in rows)),
     'git': ', '.join(dict.fromkeys(r['git'] for r in rows)),

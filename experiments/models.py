@@ -60,6 +60,21 @@ def find(spec: str, seed: int) -> Source:
   return Source(spec, name, _joint(weights), _joint(beside), seed)
 
 
+def numbers(source: Source, dtype: str) -> Any:
+  """The model's `ModelConfig`, from its header alone.
+
+  Raises:
+    ValueError: the files are damaged or of an unsupported kind.
+  """
+  if source.spec.startswith(_PRESET):
+    return _preset(source.spec.removeprefix(_PRESET)).replace(dtype=dtype)
+  from lcx.models import gguf, hf
+
+  path = pathlib.Path(source.spec).expanduser()
+  opened = hf.open_folder if path.is_dir() else gguf.open_file
+  return opened(path, dtype).config
+
+
 def load(source: Source, dtype: str) -> Any:
   """An `lcx.models.load.Model`; presets get random weights and byte tokens.
 
@@ -74,7 +89,7 @@ def load(source: Source, dtype: str) -> Any:
 
   from lcx.models import transformer
 
-  config = _preset(source.spec.removeprefix(_PRESET)).replace(dtype=dtype)
+  config = numbers(source, dtype)
   weights = transformer.init(config, jax.random.key(source.seed))
   return loader.Model(config, weights, _bytes_tokenizer(), source.sha256)
 

@@ -24,6 +24,7 @@ MEASURED = (
   'decode_ms_per_token',
   'peak_bytes',
   'compilations',
+  'compile_s',
   'git',
   'date',
 )

@@ -107,6 +107,21 @@ def test_only_what_is_missing_is_computed(tmp_path):
   assert quality(fresh) == quality(tmp_path)
 
 
+def test_two_models_and_two_protocols(tmp_path, capsys):
+  several = config(
+    model='preset:tiny, preset:smollm2_135m',
+    methods={'dense': {}},
+    protocols=('whole', 'context_first'),
+  )
+  evaluate.run(several, tmp_path)
+  rows = rows_of(tmp_path)
+  assert len({(r['model'], r['protocol']) for r in rows}) == 4
+  assert len({r['model_sha256'] for r in rows}) == 2
+  assert 'smollm2_135m (random), protocol: context first' in (
+    capsys.readouterr().out
+  )
+
+
 def test_batches_of_a_restart_are_those_of_the_run(tmp_path):
   evaluate.run(config(batch=2), tmp_path)
   lines = (tmp_path / 'results.jsonl').read_bytes().splitlines(keepends=True)
@@ -162,6 +177,7 @@ def test_nan_is_a_failure_that_keeps_the_rest(tmp_path, monkeypatch, capsys):
     ),
     ({'tasks': {'niah': {}}}, "config.tasks.niah: no task 'niah'"),
     ({'tasks': {'niah_single_1': {'kees': 1}}}, 'has no parameter kees'),
+    ({'methods': {'quest': {'decode.budget': 9}}}, 'length 600: .*budget'),
     ({'capacity': 512}, '900 tokens do not fit into config.capacity=512'),
     ({'lengths': ()}, 'config.lengths is empty'),
     ({'samples': 0}, 'config.samples=0: at least 1'),
