@@ -70,8 +70,8 @@ def _where(line: Line) -> list[str]:
 
 
 def _quality(lines: Sequence[Line]) -> list[list[str]]:
-  head = 'task length method n failed score|vs dense|95% interval|won/lost'
-  table = [[*head.split('|')[0].split(), *head.split('|')[1:]]]
+  head = 'task|length|method|n|failed|score|vs dense|95% interval|won/lost'
+  table = [head.split('|')]
   for line in lines:
     table.append(
       [
@@ -83,6 +83,8 @@ def _quality(lines: Sequence[Line]) -> list[list[str]]:
         *_difference(line),
       ]
     )
+  if not any(line.failed for line in lines):
+    table = [[*row[:4], *row[5:]] for row in table]
   return table
 
 

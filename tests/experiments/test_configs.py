@@ -81,8 +81,11 @@ def check_resumed_by_the_real_engine(quickstart, tmp_path):
   assert len(lines) == 12
   assert all(json.loads(line)['density'] <= 1 for line in lines)
   log.write_bytes(b''.join(lines[:-2]) + lines[-2][:50])
+  code = json.loads((tmp_path / 'config.json').read_text())['resolved']
   again = command(quickstart, tmp_path)
   assert again.returncode == 0, again.stderr[-2000:]
+  if json.loads((tmp_path / 'config.json').read_text())['resolved'] != code:
+    pytest.skip('the sources changed between two runs')
 
   def stable(line):
     row = json.loads(line)
