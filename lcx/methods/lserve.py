@@ -1,0 +1,415 @@
+"""LServe: half the heads stream, the others choose pages, reused for 4 steps.
+
+Yang et al., "LServe: efficient long-sequence LLM serving with unified sparse
+attention", arXiv:2502.14866. Which kv heads stream says the cache, which keeps
+only sink and recent tokens for them; prefill and decode read it there.
+
+  prefill   streaming heads see 128 first and 8,192 last tokens, the others all
+            or the blocks of any block selector: one launch (section 3.4)
+  decode    streaming heads see their ring (128 + 256); the others the pages of
+            64 whose best logical page of 16 promises most (section 3.5)
+
+Here a list is shared by the query heads of a kv head, the first and the newest
+pages are always in it, and pages that began since a selection join it at once;
+the released code does neither.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int32
+
+from kernels_pallas.block_sparse import (
+  EVERYTHING,
+  BlockList,
+  block_sparse,
+  dense_blocks,
+  mixed,
+)
+from kernels_pallas.selected_token import page_scores
+from lcx import head_profile
+from lcx.cache import Paged
+from lcx.cache.base import CacheShape
+from lcx.methods import shards
+from lcx.methods.base import Context, Decode, Method, Prefill, Rope, Trace
+from lcx.methods.block_prefill import BlockPrefill
+from lcx.methods.compose import get_method
+from lcx.methods.dense import decode_trace, dense_pairs
+from lcx.methods.listed_pages import attend_listed, is_ring, listed_keys
+from lcx.select import audit
+from lcx.select.reused_pages import Choice
+from lcx.select.top_pages import take_pages, top_pages
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoWayPaged(Paged):
+  """The paged cache, with its ring heads taken from a head profile.
+
+  Attributes:
+    profile: '': no head streams (or those of `ring_heads`); 'alternate': a rule
+      that knows no model, for measurements; else a file that
+      configs/train_head_profile.py writes. It replaces `ring_heads`.
+    streaming: share of the kv heads that stream.
+    balanced: the same number in every layer, not a quantile over all heads.
+  """
+
+  profile: str = ''
+  streaming: float = 0.5
+  balanced: bool = False
+
+  def __post_init__(self):
+    super().__post_init__()
+    head_profile.check_share(self.streaming)
+    if self.profile and self.profile != head_profile.ALTERNATE:
+      flags = head_profile.load(self.profile).streaming(
+        self.streaming, self.balanced
+      )
+      object.__setattr__(self, 'ring_heads', flags)
+
+  @property
+  def has_ring(self) -> bool:
+    return bool(self.profile) or super().has_ring
+
+  def ring_flags(self, layer: int, n_kv_heads: int):
+    if self.profile == head_profile.ALTERNATE:
+      return np.asarray(
+        head_profile.alternate(layer, n_kv_heads, self.streaming)
+      )
+    return super().ring_flags(layer, n_kv_heads)
+
+  def check(self, config, capacity: int) -> None:
+    """Refuses a profile of another model."""
+    del capacity
+    if self.profile and self.profile != head_profile.ALTERNATE:
+      head_profile.load(self.profile).check(config)
+
+
+@dataclasses.dataclass(frozen=True)
+class LServePrefill(Prefill):
+  """Streaming and retrieval heads in one launch.
+
+  Attributes:
+    sink: first tokens that streaming heads see.
+    local: last tokens that streaming heads see, the query's own included.
+    dynamic: '': retrieval heads see everything; else a block-selecting prefill,
+      or the name of the method that it belongs to ('xattention').
+    density: of `dynamic`; None, like the next: as that method has it.
+    threshold: of `dynamic`.
+    dense_below: prompts of at most so many tokens are not selected from.
+  """
+
+  sink: int = 128
+  local: int = 8192
+  dynamic: str | BlockPrefill = ''
+  density: float | None = None
+  threshold: float | None = None
+  dense_below: int = 0
+
+  def at_full_budget(self, length: int) -> 'LServePrefill':
+    chooser = self.chooser()
+    return dataclasses.replace(
+      self,
+      local=EVERYTHING,
+      dynamic=chooser.at_full_budget(length) if chooser else '',
+      density=None,
+      threshold=None,
+    )
+
+  def check(self, config, capacity: int) -> None:
+    if self.sink < 0 or self.local < 1:
+      raise ValueError(
+        f'prefill.sink={self.sink} must be at least 0 and '
+        f'prefill.local={self.local} at least 1'
+      )
+    chooser = self.chooser()
+    if chooser:
+      chooser.check(config, capacity)
+
+  def chooser(self) -> BlockPrefill | None:
+    """What selects blocks for retrieval heads."""
+    if isinstance(self.dynamic, BlockPrefill) or not self.dynamic:
+      return self.dynamic or None
+    part = get_method(self.dynamic).prefill
+    if not isinstance(part, BlockPrefill):
+      raise ValueError(
+        f'prefill.dynamic={self.dynamic!r} selects no blocks; xattention does'
+      )
+    fields: dict[str, Any] = {'dense_below': self.dense_below}
+    if self.density is not None or self.threshold is not None:
+      fields |= {'density': self.density, 'threshold': self.threshold}
+    known = {f.name for f in dataclasses.fields(part)}
+    if not fields.keys() <= known:
+      raise ValueError(
+        f'prefill.dynamic={self.dynamic!r} has neither density nor threshold'
+      )
+    return dataclasses.replace(part, **fields)
+
+  def attend(self, q, k, v, rope: Rope, cache, ctx: Context):
+    batch, length, heads, _ = q.shape
+    rotated = rope(k, ctx.positions)
+    cache = shards.store(cache, k, rotated, v, ctx)
+    q = rope(q, ctx.positions)
+    keys, values = shards.gather_sequence(rotated, v, ctx.axes)
+    ring = jnp.zeros((k.shape[2],), bool)
+    if is_ring(cache):
+      ring = cache.ring
+    ring = jnp.repeat(ring, heads // k.shape[2])
+    where = {
+      'q_start': shards.first_query(length, batch, ctx.axes),
+      'lengths': ctx.lengths,
+      'sliding_window': ctx.sliding_window,
+    }
+    blocks = self._blocks(q, keys, ring, cache, where['q_start'], ctx)
+    out, lse = block_sparse(q, keys, values, blocks, **where)
+    if not ctx.trace:
+      return out, cache, None
+    return out, cache, self._trace(q, keys, lse, ring, blocks, where, ctx)
+
+  def _blocks(self, q, keys, ring, cache, q_start, ctx: Context) -> BlockList:
+    batch, length, heads, _ = q.shape
+    chooser = self.chooser()
+    if not chooser and not is_ring(cache):
+      return dense_blocks(batch, heads, length)
+    window = jnp.where(ring, self.local, 0 if chooser else EVERYTHING)
+    rule = mixed(jnp.where(ring, self.sink, 0), window, batch, length)
+    if not chooser:
+      return rule
+    # Only retrieval heads are estimated, where their number is static.
+    kv_heads, group = keys.shape[1], heads // keys.shape[1]
+    full = retrieval_heads(cache)
+    safe = jnp.maximum(full, 0)
+    some = q.reshape(batch, length, kv_heads, group, -1)[:, :, safe]
+    listed = chooser.select(
+      some.reshape(batch, length, -1, q.shape[3]),
+      keys[:, safe],
+      q_start=q_start,
+      ctx=ctx,
+    ).blocks
+    # Back to their places; other heads have empty lists.
+    own = (jnp.where(full < 0, kv_heads, full) * group)[:, None]
+    own = (own + jnp.arange(group)).reshape(-1)
+
+    def place(x):
+      none = jnp.zeros((batch, heads, *x.shape[2:]), jnp.int32)
+      return none.at[:, own].set(x, mode='drop')
+
+    count = jnp.where(ring[:, None], 0, place(listed.count))
+    return dataclasses.replace(
+      listed,
+      ids=place(listed.ids),
+      count=count,
+      sink=rule.sink,
+      window=rule.window,
+    )
+
+  def _trace(self, q, keys, lse, ring, blocks, where, ctx: Context) -> Trace:
+    pairs = dense_pairs(q, ctx)
+    if blocks.dense:
+      return Trace(keys=pairs, pairs=pairs)
+    near = jnp.minimum(ctx.positions + 1, self.sink + self.local)
+    near = jnp.sum(jnp.where(ctx.valid, near, 0), axis=1, dtype=jnp.float32)
+    each = pairs / q.shape[2]
+    seen = jnp.minimum(near, each) * jnp.sum(ring)
+    if blocks.ids.shape[-1]:
+      seen += audit.listed_keys(blocks, **where)
+    else:
+      seen += each * jnp.sum(~ring)
+    mass = audit.sampled_mass(q, keys, lse, **where)
+    return Trace(keys=seen, pairs=pairs, mass=mass)
+
+
+@dataclasses.dataclass(frozen=True)
+class LServeDecode(Decode):
+  """Retrieval heads see the best pages, streaming heads their ring.
+
+  Attributes:
+    budget: tokens a retrieval kv head attends to, in whole pages.
+    sink: first tokens that are always among them.
+    recent: last tokens that are always among them.
+    reuse: C, tokens that a selection serves; a longer piece of a question is
+      selected for as a whole.
+    scorer: 'bounds' (Quest's, of the least and largest key of each channel) or
+      'moments' (the same of mean - deviation and mean + deviation: not a bound,
+      but tighter).
+    group: 'max' or 'sum' of the scores of a kv head's query heads.
+    crossover: a batch of at most so many tokens a row attends to everything:
+      below, selecting costs more than it saves (lcx/policy.py).
+  """
+
+  budget: int = 4096
+  sink: int = 64
+  recent: int = 256
+  reuse: int = 4
+  scorer: str = 'bounds'
+  group: str = 'max'
+  crossover: int = 0
+
+  needs = frozenset({'recent_tokens', 'rotated'})
+
+  def at_full_budget(self, length: int) -> 'LServeDecode':
+    return dataclasses.replace(self, budget=2 * length + 4096)
+
+  def check(self, config, capacity: int) -> None:
+    del config, capacity
+    if self.sink < 0 or self.recent < 1 or self.reuse < 1:
+      raise ValueError(
+        f'decode.sink={self.sink} must be at least 0, decode.recent='
+        f'{self.recent} and decode.reuse={self.reuse} at least 1'
+      )
+    if self.budget < self.sink + self.recent:
+      raise ValueError(
+        f'decode.budget={self.budget} is below sink={self.sink} + '
+        f'recent={self.recent}: raise the budget'
+      )
+    if self.group not in ('max', 'sum'):
+      raise ValueError(f"decode.group={self.group!r} must be 'max' or 'sum'")
+
+  def misfit(self, cache) -> str | None:
+    if self.scorer not in ('bounds', 'moments'):
+      return f"decode.scorer={self.scorer!r} must be 'bounds' or 'moments'"
+    if self.scorer not in cache.provides:
+      return (
+        f'decode scores pages by {self.scorer}, but the cache provides '
+        f'{sorted(cache.provides)}'
+      )
+    return None
+
+  def init_state(self, shape: CacheShape) -> Choice:
+    # `start` gives it the width that the cache's pages ask for.
+    return Choice.none(shape.batch, shape.n_kv_heads, shape.shards.seq)
+
+  def state_specs(self, axes) -> Choice:
+    return Choice(
+      P(axes.data, axes.model, axes.seq), P(axes.data), P(axes.data)
+    )
+
+  def start(self, cache, state: Choice) -> Choice:
+    batch, kv_heads, width = cache.page_starts().shape
+    return Choice.none(batch, kv_heads, min(self.pages(cache.page), width))
+
+  def pages(self, page: int) -> int:
+    """Pages of a list: the budget's, one as the newest is rarely full."""
+    always = -(-self.sink // page) + (self.recent + page - 2) // page + 1
+    return max(-(-self.budget // page), always) + 1
+
+  def attend(self, q, k, v, rope: Rope, cache, state: Choice, ctx: Context):
+    q = rope(q, ctx.positions)
+    cache = shards.append(cache, k, rope(k, ctx.positions), v, ctx)
+    ids, starts = cache.page_ids(), cache.page_starts()
+    newest = ctx.lengths - 1
+    # All rows select on a common step, or the `cond` would never skip it.
+    longest, due = jax.lax.pmax(
+      (
+        jnp.max(newest) + 1,
+        jnp.any(state.due(newest, ctx.count, self.reuse)).astype(jnp.int32),
+      ),
+      ctx.axes.data,
+    )
+    is_sparse = longest > self.crossover
+    due = (due > 0) & is_sparse
+
+    def select():
+      slots = self._select(q, cache, newest, longest, ctx)
+      return state.replaced(slots, newest, ctx.count)
+
+    state = jax.lax.cond(due, select, lambda: state).served(ctx.count)
+
+    def attended(ids, starts):
+      part = attend_listed(q, cache, ids, starts, ctx)
+      keys = listed_keys(cache, ids, starts, q, ctx) if ctx.trace else ()
+      return part, keys
+
+    def sparse():
+      slots = state.with_new_pages(
+        starts, cache.used, page=cache.page, reuse=self.reuse
+      )
+      return attended(*take_pages(_with_rings(slots, cache), ids, starts))
+
+    if self.crossover:
+      part, keys = jax.lax.cond(
+        is_sparse, sparse, lambda: attended(ids, starts)
+      )
+    else:
+      part, keys = sparse()
+    out = shards.merged(part, ctx.axes).astype(q.dtype)
+    trace = decode_trace(keys, q, ctx)
+    return out, cache, state, trace
+
+  def _select(self, q, cache, newest, longest, ctx: Context):
+    """Slots [B K n] of the pages that retrieval heads see."""
+    starts = cache.page_starts()
+    kv_heads, width = starts.shape[1:]
+    heads = retrieval_heads(cache)
+    own = starts[:, jnp.maximum(heads, 0)]
+    n = min(self.pages(cache.page), width)
+    first = jnp.arange(n, dtype=jnp.int32)
+    everything = own[:, :, :n] <= newest[:, None, None]
+    everything = jnp.where(everything, first, -1)
+
+    def best():
+      index = top_pages(
+        self.scores(q, cache, heads, ctx),
+        own,
+        newest,
+        budget=self.pages(cache.page) * cache.page,
+        sink=self.sink,
+        recent=self.recent,
+        page=cache.page,
+        axis=ctx.axes.seq,
+      )
+      fits = (newest < self.budget)[:, None, None]
+      return jnp.where(fits, everything, index)
+
+    slots = jax.lax.cond(longest <= self.budget, lambda: everything, best)
+    none = jnp.full((slots.shape[0], kv_heads, n), -1, jnp.int32)
+    place = jnp.where(heads < 0, kv_heads, heads)
+    return none.at[:, place].set(slots, mode='drop')
+
+  def scores(
+    self, q: Float[Array, 'B T N H'], cache, heads, ctx: Context
+  ) -> Float[Array, 'B h W']:
+    """A score per page of the kv heads `heads`: its best logical page's."""
+    if self.scorer == 'bounds':
+      low, high = cache.bounds()
+    else:
+      mean, deviation = cache.moments()
+      low, high = mean - deviation, mean + deviation
+    batch, length, n_heads, dim = q.shape
+    kv_heads, width = cache.page_starts().shape[1:]
+    q = q.reshape(batch, length, kv_heads, n_heads // kv_heads, dim)
+    q = q[:, :, jnp.maximum(heads, 0)]
+    found = page_scores(q.reshape(batch, length, -1, dim), low, high)
+    found = found.reshape(*q.shape[:4], width, -1).max(axis=-1)  # [B T h G W]
+    found = found.max(axis=3) if self.group == 'max' else found.sum(axis=3)
+    valid = ctx.valid[:, :, None, None]
+    return jnp.max(jnp.where(valid, found, -jnp.inf), axis=1)
+
+
+def retrieval_heads(cache) -> Int32[Array, 'h']:
+  """Indices of the kv heads that do not stream; -1 pads.
+
+  Of a ring cache without statistics, whose number of full heads is not known
+  when it is traced: of all kv heads.
+  """
+  if is_ring(cache) and cache.stats is not None:
+    return cache.stats_heads()
+  return jnp.arange(cache.page_starts().shape[1], dtype=jnp.int32)
+
+
+def _with_rings(slots, cache):
+  """Lists in which each ring head has all pages of its ring."""
+  if not is_ring(cache):
+    return slots
+  width = max(slots.shape[2], cache.config.ring_width)
+  short = ((0, 0), (0, 0), (0, width - slots.shape[2]))
+  slots = jnp.pad(slots, short, constant_values=-1)
+  index = jnp.arange(width, dtype=jnp.int32)
+  index = jnp.where(index < cache.config.ring_width, index, -1)
+  return jnp.where(cache.ring[:, None], index, slots)
+
+
+METHOD = Method('lserve', LServePrefill(), TwoWayPaged(), LServeDecode())

@@ -1,0 +1,99 @@
+"""A selection of pages that serves several steps, with every new page in it.
+
+LServe, arXiv:2502.14866, section 3.5.3: pages are chosen once every C tokens.
+What is kept are *slots* of the row's table, not pages of the pool, so that a
+recycled page cannot be read for an old one; and the newest position at the
+choice, so that pages which began since then are added at every step. (Without
+that, C = 4 and pages of 64 lose the newest tokens at two steps of 64.)
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int32
+
+_LONG_AGO = 2**30
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """The pages that were chosen, and for how long they have served.
+
+  Attributes:
+    slots: int32 [B K n] of each row's table, this shard's; -1: none.
+    newest: int32 [B] position of the newest token when they were chosen.
+    age: int32 [B] tokens that were answered from them.
+  """
+
+  slots: Int32[Array, 'B K n']
+  newest: Int32[Array, 'B']
+  age: Int32[Array, 'B']
+
+  @classmethod
+  def none(cls, batch: int, n_kv_heads: int, n: int) -> 'Choice':
+    """Of rows that must choose at their first step."""
+    return cls(
+      jnp.full((batch, n_kv_heads, n), -1, jnp.int32),
+      jnp.full((batch,), -1, jnp.int32),
+      jnp.full((batch,), _LONG_AGO, jnp.int32),
+    )
+
+  def due(
+    self, newest: Int32[Array, 'B'], count: Int32[Array, 'B'], reuse: int
+  ) -> Bool[Array, 'B']:
+    """Rows that must choose before they answer `count` more tokens.
+
+    Also rows that were cut behind their last choice: pages that were recent
+    then may not be listed.
+    """
+    old = self.age + count > reuse
+    cut = newest - count < self.newest
+    return (count > 0) & (old | cut)
+
+  def served(self, count: Int32[Array, 'B']) -> 'Choice':
+    """After `count` more tokens."""
+    age = jnp.minimum(self.age + count, _LONG_AGO)
+    return dataclasses.replace(self, age=age)
+
+  def replaced(
+    self,
+    slots: Int32[Array, 'B K n'],
+    newest: Int32[Array, 'B'],
+    count: Int32[Array, 'B'],
+  ) -> 'Choice':
+    """New slots for the rows that answer anything."""
+    active = count > 0
+    return Choice(
+      jnp.where(active[:, None, None], slots, self.slots),
+      jnp.where(active, newest, self.newest),
+      jnp.where(active, 0, self.age),
+    )
+
+  def with_new_pages(
+    self,
+    starts: Int32[Array, 'B K W'],
+    used: Int32[Array, 'B'],
+    *,
+    page: int,
+    reuse: int,
+  ) -> Int32[Array, 'B K m']:
+    """The slots and those of all pages that began since the choice.
+
+    Args:
+      starts: of the table's pages.
+      used: tokens that this shard holds of each row.
+      page: tokens a page holds.
+      reuse: tokens a choice serves, at most.
+    """
+    n = -(-(reuse - 1) // page)  # pages that reuse - 1 tokens can begin
+    if n == 0:
+      return self.slots
+    last = (used - 1) // page
+    slot = last[:, None, None] - jnp.arange(n, dtype=jnp.int32)
+    slot = jnp.broadcast_to(slot, (*starts.shape[:2], n))
+    safe = jnp.clip(slot, 0, starts.shape[2] - 1)
+    start = jnp.take_along_axis(starts, safe, axis=2)
+    fresh = (slot >= 0) & (start > self.newest[:, None, None])
+    return jnp.concatenate([self.slots, jnp.where(fresh, slot, -1)], axis=2)
