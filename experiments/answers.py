@@ -188,7 +188,8 @@ def _row(
     'density': _finite(answer.density),
     'prefill_density': _finite(answer.prefill_density),
     'decode_density': _finite(answer.decode_density),
-    'degenerate': place.variant.label != comparison.BASELINE
+    'degenerate': good
+    and place.variant.label != comparison.BASELINE
     and answer.density > DEGENERATE,
     'prefill_ms': _finite(answer.prefill_ms),
     'decode_ms_per_token': _finite(answer.decode_ms_per_token),

@@ -85,7 +85,8 @@ def _png(
     ax.set_ylim(-0.03, 1.05)
     ax.grid(alpha=0.25)
     ax.set_title(f'{model}, {protocol.replace("_", " ")}', fontsize=9)
-    ax.legend(fontsize=8)
+    if ax.lines:  # nothing was scored otherwise
+      ax.legend(fontsize=8)
   axes[0].set_ylabel('score, mean over tasks')
   buffer = io.BytesIO()
   # No software version or date inside: equal rows give equal files.
