@@ -212,10 +212,16 @@ def choose(
       return full
     return ((mass(above) >= goal) & (t <= _ALWAYS)) | full
 
-  last = jnp.zeros(score.shape[:-1] + (1,), jnp.int32)
-  for shift in range(28, -1, -2):
-    step = [enough(last + (digit << shift)) for digit in (1, 2, 3)]
-    last += sum(s.astype(jnp.int32) for s in step) << shift
+  digits = jnp.arange(1, 4, dtype=jnp.int32).reshape(3, *(1,) * score.ndim)
+
+  def two_bits(i, last):
+    shift = 28 - 2 * i
+    step = enough(last + (digits << shift))
+    return last + (jnp.sum(step, axis=0, dtype=jnp.int32) << shift)
+
+  # A loop, not its 15 copies: they compile four times as long.
+  last = jnp.zeros((*score.shape[:-1], 1), jnp.int32)
+  last = lax.fori_loop(0, 15, two_bits, last)
   above = key > last
   tie = key == last
   # Of the blocks that tie with the last one, the first few by index.

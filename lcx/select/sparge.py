@@ -34,8 +34,8 @@ from lcx.select.block_rows import (
   to_list,
 )
 
-# Query blocks at a time: float32 elements of all heads' scores (32 MiB).
-_KEPT = 2**23
+# Query blocks at a time: float32 elements of all heads' scores (16 MiB).
+_KEPT = 2**22
 _PIECE = 2**24  # elements of k read at a time
 
 

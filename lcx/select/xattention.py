@@ -47,6 +47,7 @@ _TILE = 2**24
 _KEPT = 2**23
 # Key ranges that are compiled: chunk i reads its range rounded up to eighths.
 _RUNGS = 8
+_RUNG = 512  # cells of a range, at least
 
 
 def xattention(
@@ -228,8 +229,8 @@ def _block_mass(
   if axis is not None:
     mass = upto(n_cells)()  # every shard must meet in the collectives
   else:
-    unit = -(-n_cells // (_RUNGS * per_k)) * per_k
-    ends = sorted({min(unit * (i + 1), n_cells) for i in range(_RUNGS)})
+    unit = -(-max(n_cells // _RUNGS, _RUNG) // per_k) * per_k
+    ends = [*range(unit, n_cells, unit), n_cells]
     rung = jnp.clip(jnp.max(last) // unit, 0, len(ends) - 1)
     mass = lax.switch(rung, [upto(end) for end in ends])
   return mass.reshape(batch, kv_heads, *mass.shape[1:])

@@ -1,0 +1,120 @@
+"""What block-selecting prefills share: store, select, attend, audit.
+
+Keys are all-gathered over sequence shards for the attention, as in the dense
+prefill, so each shard selects for its own queries from all keys and nothing
+more travels.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.block_sparse import block_sparse, dense_blocks
+from lcx.methods import shards
+from lcx.methods.base import Context, Prefill, Rope, Trace
+from lcx.methods.dense import dense_pairs
+from lcx.select.audit import listed_keys, sampled_mass
+from lcx.select.block_rows import Selected
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockPrefill(Prefill):
+  """Prompt queries see the key blocks that `select` lists.
+
+  The query blocks of a prompt are selected for together, so a list depends on
+  all tokens of its query block (and, in vertical_slash, of the prompt); values
+  of later tokens never reach an output.
+
+  Attributes:
+    width: most blocks of a list row; None: what keeps a layer's lists under
+      256 MiB. What it cuts off is counted as `cut_mass`.
+    dense_below: prompts of at most so many tokens are read densely: below the
+      crossover, estimating costs more than it saves.
+  """
+
+  width: int | None = None
+  dense_below: int = 0
+
+  def at_full_budget(self, length: int) -> 'BlockPrefill':
+    """Lists wide enough for every block of `length` tokens."""
+    return dataclasses.replace(self, width=-(-length // 128) + 3)
+
+  def check(self, config, capacity: int) -> None:
+    del config
+    blocks = -(-capacity // 128)
+    if self.width is not None and self.width < min(3, blocks):
+      raise ValueError(
+        f'prefill.width={self.width} must be at least 3: a row always lists '
+        'the sink block and the blocks that its diagonal may cross'
+      )
+    if self.dense_below < 0:
+      raise ValueError(f'prefill.{self.dense_below=} must be at least 0')
+
+  def select(self, q, k, *, q_start, ctx: Context) -> Selected:
+    """Lists for this shard's queries.
+
+    Args:
+      q: [B T N H] rotated.
+      k: [B K S H] rotated, of all shards.
+      q_start: int32 [B] position of this shard's first query.
+      ctx: the context.
+    """
+    raise NotImplementedError
+
+  def attend(self, q, k, v, rope: Rope, cache, ctx: Context):
+    batch, length, heads, _ = q.shape
+    rotated = rope(k, ctx.positions)
+    cache = shards.store(cache, k, rotated, v, ctx)
+    pairs = dense_pairs(q, ctx)
+    q = rope(q, ctx.positions)
+    keys, values = shards.gather_sequence(rotated, v, ctx.axes)
+    q_start = shards.first_query(length, batch, ctx.axes)
+    where = {
+      'q_start': q_start,
+      'lengths': ctx.lengths,
+      'sliding_window': ctx.sliding_window,
+    }
+
+    def dense():
+      lists = dense_blocks(batch, heads, length)
+      out, _ = block_sparse(q, keys, values, lists, **where)
+      zero = jnp.zeros_like(pairs)
+      return out, (pairs, pairs, zero, zero) if ctx.trace else ()
+
+    def sparse():
+      selected = self.select(q, keys, q_start=q_start, ctx=ctx)
+      out, lse = block_sparse(q, keys, values, selected.blocks, **where)
+      if not ctx.trace:
+        return out, ()
+      seen = listed_keys(selected.blocks, **where)
+      mass = sampled_mass(q, keys, lse, **where)
+      estimated, cut = _over_queries(selected, where)
+      return out, (seen, mass, estimated, cut)
+
+    if self.dense_below:
+      short = jnp.max(ctx.lengths) <= self.dense_below
+      out, found = jax.lax.cond(short, dense, sparse)
+    else:
+      out, found = sparse()
+    return out, cache, _trace(pairs, found)
+
+
+def _trace(pairs, found) -> Trace | None:
+  if not found:
+    return None
+  seen, mass, estimated, cut = found
+  counters = {'estimated_mass': estimated, 'cut_mass': cut}
+  return Trace(keys=seen, pairs=pairs, mass=mass, counters=counters)
+
+
+def _over_queries(selected: Selected, where):
+  """Shares of query blocks, summed over valid queries and heads: [B] each."""
+  block = selected.blocks.block_q
+  first = where['q_start'][:, None]
+  first = first + jnp.arange(selected.captured.shape[2]) * block
+  queries = jnp.clip(where['lengths'][:, None] - first, 0, block)
+  return [
+    jnp.sum(x * queries[:, None], axis=(1, 2))
+    for x in (selected.captured, selected.cut)
+  ]

@@ -1,0 +1,59 @@
+"""SpargeAttn's first stage: prompt blocks chosen by means, dense decoding.
+
+Zhang et al., arXiv:2502.18137; see `lcx.select.sparge`. Without its second
+stage (skipping P V inside the kernel) and without its quantisation.
+"""
+
+import dataclasses
+
+from lcx import cache as caches
+from lcx.methods.base import Context, Method
+from lcx.methods.block_prefill import BlockPrefill
+from lcx.methods.dense import DenseDecode
+from lcx.select.block_rows import Selected, check_budget
+from lcx.select.sparge import sparge
+
+
+@dataclasses.dataclass(frozen=True)
+class SpargePrefill(BlockPrefill):
+  """Blocks whose means promise most, and those whose means say nothing.
+
+  Attributes:
+    threshold: share of the compressed softmax; None: `density` decides.
+    density: share of the causal blocks of each row; None: `threshold` decides.
+    similarity: least self-similarity of a block whose mean is trusted.
+  """
+
+  threshold: float | None = 0.98
+  density: float | None = None
+  similarity: float = 0.6
+
+  def at_full_budget(self, length: int) -> 'SpargePrefill':
+    whole = super().at_full_budget(length)
+    return dataclasses.replace(whole, threshold=1.0, density=None)
+
+  def check(self, config, capacity: int) -> None:
+    super().check(config, capacity)
+    check_budget(self.threshold, self.density)
+    if not -1 <= self.similarity <= 1:
+      raise ValueError(
+        f'prefill.similarity={self.similarity} must lie in [-1, 1]'
+      )
+
+  def select(self, q, k, *, q_start, ctx: Context) -> Selected:
+    return sparge(
+      q,
+      k,
+      q_start=q_start,
+      lengths=ctx.lengths,
+      threshold=self.threshold,
+      density=self.density,
+      similarity=self.similarity,
+      width=self.width,
+      dense_below=self.dense_below,
+    )
+
+
+METHOD = Method(
+  'spargeattn', SpargePrefill(), caches.CONFIGS['dense'], DenseDecode()
+)

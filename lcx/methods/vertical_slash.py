@@ -1,0 +1,68 @@
+"""MInference: prompt blocks on the best columns and diagonals, dense decoding.
+
+Jiang et al., arXiv:2407.02490; see `lcx.select.vertical_slash`. One setting for
+all heads, (1000, 6096): the released default for heads that no search has
+assigned, and the most frequent one in the released tables.
+"""
+
+import dataclasses
+
+from lcx import cache as caches
+from lcx.methods.base import Context, Method
+from lcx.methods.block_prefill import BlockPrefill
+from lcx.methods.dense import DenseDecode
+from lcx.select.block_rows import Selected
+from lcx.select.vertical_slash import vertical_slash
+from lcx.select.window import last_queries
+
+
+@dataclasses.dataclass(frozen=True)
+class VerticalSlashPrefill(BlockPrefill):
+  """Blocks that chosen columns and diagonals cross.
+
+  Attributes:
+    columns: keys chosen a head.
+    diagonals: offsets chosen a head.
+    window: last queries that choose.
+  """
+
+  columns: int = 1000
+  diagonals: int = 6096
+  window: int = 64
+
+  def at_full_budget(self, length: int) -> 'VerticalSlashPrefill':
+    whole = super().at_full_budget(length)
+    return dataclasses.replace(whole, columns=max(length, 1))
+
+  def check(self, config, capacity: int) -> None:
+    super().check(config, capacity)
+    for name in ('columns', 'diagonals', 'window'):
+      if getattr(self, name) < 1:
+        raise ValueError(
+          f'prefill.{name}={getattr(self, name)} must be at least 1'
+        )
+
+  def select(self, q, k, *, q_start, ctx: Context) -> Selected:
+    last, at = last_queries(
+      q, ctx.positions, ctx.valid, self.window, ctx.axes.seq
+    )
+    return vertical_slash(
+      last,
+      at,
+      k,
+      n_queries=q.shape[1],
+      q_start=q_start,
+      lengths=ctx.lengths,
+      columns=self.columns,
+      diagonals=self.diagonals,
+      width=self.width,
+      dense_below=self.dense_below,
+    )
+
+
+METHOD = Method(
+  'vertical_slash',
+  VerticalSlashPrefill(),
+  caches.CONFIGS['dense'],
+  DenseDecode(),
+)

@@ -1,0 +1,61 @@
+"""XAttention: prompt blocks chosen by antidiagonal scores, dense decoding.
+
+Xu et al., arXiv:2503.16428; see `lcx.select.xattention`. Stride 16 and one
+threshold of 0.9 for all heads are the paper's plain setting (its tables use a
+threshold per head, searched offline).
+"""
+
+import dataclasses
+
+from lcx import cache as caches
+from lcx.methods.base import Context, Method
+from lcx.methods.block_prefill import BlockPrefill
+from lcx.methods.dense import DenseDecode
+from lcx.select.block_rows import Selected, check_budget
+from lcx.select.xattention import xattention
+
+
+@dataclasses.dataclass(frozen=True)
+class XAttentionPrefill(BlockPrefill):
+  """Blocks that reach the threshold, or a fixed share of them.
+
+  Attributes:
+    threshold: share of the antidiagonal mass; None: `density` decides.
+    density: share of the causal blocks of each row; None: `threshold` decides.
+    stride: of the antidiagonals, a divisor of 128.
+    per: 'head' or 'group': a list per query head or per kv head.
+  """
+
+  threshold: float | None = 0.9
+  density: float | None = None
+  stride: int = 16
+  per: str = 'head'
+
+  def at_full_budget(self, length: int) -> 'XAttentionPrefill':
+    whole = super().at_full_budget(length)
+    return dataclasses.replace(whole, threshold=1.0, density=None)
+
+  def check(self, config, capacity: int) -> None:
+    super().check(config, capacity)
+    check_budget(self.threshold, self.density)
+    if self.stride < 1 or 128 % self.stride:
+      raise ValueError(f'prefill.stride={self.stride} must divide 128')
+
+  def select(self, q, k, *, q_start, ctx: Context) -> Selected:
+    return xattention(
+      q,
+      k,
+      q_start=q_start,
+      lengths=ctx.lengths,
+      threshold=self.threshold,
+      density=self.density,
+      stride=self.stride,
+      width=self.width,
+      dense_below=self.dense_below,
+      per=self.per,
+    )
+
+
+METHOD = Method(
+  'xattention', XAttentionPrefill(), caches.CONFIGS['dense'], DenseDecode()
+)
