@@ -34,7 +34,6 @@ from lcx.select.block_rows import (
   to_list,
 )
 
-SINK, RECENT = 30, 100  # columns and offsets that are always in (the code's)
 _TILE = 65536  # keys read at a time
 _KEPT = 2**23  # elements of all heads' block scores at a time
 
@@ -49,6 +48,8 @@ def vertical_slash(
   lengths: Int32[Array, 'B'],
   columns: int = 1000,
   diagonals: int = 6096,
+  sink: int = 30,
+  recent: int = 100,
   width: int | None = None,
   dense_below: int = 0,
   scale: float | None = None,
@@ -66,6 +67,8 @@ def vertical_slash(
     lengths: keys of each row.
     columns: keys chosen a head.
     diagonals: offsets chosen a head.
+    sink: first columns that are always among them (30 in the code).
+    recent: smallest offsets that are always among them (100 in the code).
     width: most blocks of a row; None: what 256 MiB of lists allow.
     dense_below: rows of the batch with at most so many keys list all blocks.
     scale: of the scores; None: H**-0.5.
@@ -110,7 +113,7 @@ def vertical_slash(
       weight = jnp.where(chosen, sums, 0.0).reshape(-1, sb, block_k).sum(-1)
       return weight, jnp.any(chosen.reshape(-1, sb, block_k), axis=-1)
 
-    return best(vertical, SINK, columns), best(slash, RECENT, diagonals)
+    return best(vertical, sink, columns), best(slash, recent, diagonals)
 
   shape = (batch, kv_heads)
   columns_of, diagonals_of = window.map_heads(
@@ -135,8 +138,7 @@ def vertical_slash(
     forced = jnp.broadcast_to(forced, marked.shape)
     chosen = choose(weight, reachable=marked, forced=forced, limit=width)
     captured = share(weight, chosen)
-    some = jnp.any(weight > 0, axis=-1)
-    cut = jnp.where(some, 1.0 - captured, 0.0)
+    cut = share(weight, marked & ~chosen)
     return Chunk(*to_list(chosen, width), captured, cut)
 
   return by_chunks(

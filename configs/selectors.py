@@ -1,0 +1,73 @@
+"""Block selectors: density, captured mass and quality on a real model.
+
+python -m experiments.run --config=configs/selectors.py
+
+Arguments: `method=NAME` (that method beside dense), `length=N`, `samples=N`,
+`smoke` (a tiny model with random weights, seconds, no download).
+`--config.model=PATH` takes any Hugging Face folder or GGUF file.
+
+Both protocols: the context first, then the question through the decode path;
+and the whole prompt at once. Keys attended and captured softmax mass (exact,
+over sampled queries) stand beside every score.
+"""
+
+from configs import common
+
+
+def get_config(arg=''):
+  arg = common.parse_arg(arg, method='', length=0, samples=100)
+  config = common.base('evaluate', 'Block selectors: density and quality')
+  config.model = '.cache/models/SmolLM2-135M-Instruct.Q4_1.gguf'
+  config.dtype = 'float32'
+  # xattention: stride 16 and threshold 0.9, its default.
+  rows = {
+    'dense': {},
+    'a_shape': {'prefill': {'sink': 128, 'recent': 512}},
+    'vertical_slash': {'prefill': {'columns': 128, 'diagonals': 256}},
+    'spargeattn': {'prefill': {'threshold': 0.9, 'similarity': 0.2}},
+    'snapkv': {'decode': {'budget': 512}},
+    'xattention': {},
+  }
+  if not arg.method and not arg.smoke:
+    rows |= sweep()
+  config.methods = common.methods(arg.method, rows)
+  config.tasks = common.table({'niah_single_2': {}, 'niah_multikey_1': {}})
+  config.lengths = (arg.length,) if arg.length else (2048, 4096, 8192)
+  config.samples = arg.samples
+  config.protocols = ('context_first', 'whole')
+  config.max_new_tokens = 24
+  config.batch = 1
+  config.capacity = 0
+  config.seed = 0
+  config.haystack = ''
+  config.transfer_guard = 'allow'
+  if arg.smoke:
+    config.model = 'preset:tiny'
+    config.lengths = (512,)
+    config.samples = 1
+    config.max_new_tokens = 2
+    config.protocols = ('whole',)
+    config.tasks = common.table({'niah_single_2': {}})
+  return config
+
+
+def sweep():
+  """Labels hold no dots: they are names of fields."""
+  rows = {}
+  for stride in (8, 16):
+    for percent in (70, 80, 95):
+      rows[f'xattention s{stride} t{percent}'] = {
+        'method': 'xattention',
+        'prefill': {'stride': stride, 'threshold': percent / 100},
+      }
+  for share in (2, 4, 8):
+    rows[f'xattention s16 d{share}'] = {
+      'method': 'xattention',
+      'prefill': {'threshold': None, 'density': 1 / share},
+    }
+  for percent in (50, 98):
+    rows[f'spargeattn t{percent}'] = {
+      'method': 'spargeattn',
+      'prefill': {'threshold': percent / 100, 'similarity': -0.1},
+    }
+  return rows

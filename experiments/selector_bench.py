@@ -1,0 +1,181 @@
+"""The cases of the selector benchmark: estimate, and attention with it.
+
+Two ops a selector and length: `estimate` is the selector alone; `attention` is
+selector and block_sparse in one program, beside dense cuDNN on the same
+numbers: its ratio is the speed-up. Lengths from 4K on show the crossover, the
+length from which the ratio passes 1.
+
+Queries and keys are random with a drift a block, so that blocks differ in
+weight. At a fixed density the time depends little on numbers; the density and
+the captured mass that real models give are quality rows (configs/selectors.py).
+"""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from experiments.kernel_bench import (
+  BLOCK,
+  HEAD_DIM,
+  HEADS,
+  KIB,
+  KV_HEADS,
+  Call,
+  Case,
+)
+from kernels_pallas import block_sparse
+from lcx.select.audit import listed_keys
+from lcx.select.sparge import sparge
+from lcx.select.vertical_slash import vertical_slash
+from lcx.select.xattention import xattention
+
+SELECTORS = ('xattention_16', 'xattention_8', 'sparge', 'vertical_slash')
+
+
+def inputs(tokens: int, seed: int = 0) -> tuple[Array, Array, Array]:
+  """bfloat16 q [1 T N H], k and v [1 K T H], with a drift a block."""
+
+  @jax.jit
+  def make(key):
+    def draw(key, heads):
+      noise, drift = jax.random.split(key)
+      shape = (tokens // BLOCK, BLOCK, heads, HEAD_DIM)
+      x = jax.random.normal(noise, shape, jnp.bfloat16)
+      x += jax.random.normal(drift, (shape[0], 1, 1, HEAD_DIM), jnp.bfloat16)
+      return x.reshape(1, tokens, heads, HEAD_DIM)
+
+    q, k, v = jax.random.split(key, 3)
+    kv = [draw(x, KV_HEADS).swapaxes(1, 2) for x in (k, v)]
+    return draw(q, HEADS), *kv
+
+  return make(jax.random.key(seed))
+
+
+def selector(name: str, density: float):
+  """(q, k) -> Selected at a fixed density.
+
+  vertical_slash has budgets of columns and diagonals: its published default,
+  with lists cut at the density's width.
+  """
+
+  def select(q, k):
+    tokens = q.shape[1]
+    where = {
+      'q_start': jnp.zeros(1, jnp.int32),
+      'lengths': jnp.full(1, tokens, jnp.int32),
+    }
+    if name == 'vertical_slash':
+      blocks = k.shape[2] // BLOCK
+      return vertical_slash(
+        q[:, -64:].swapaxes(1, 2),
+        tokens - 64 + jnp.arange(64)[None],
+        k,
+        n_queries=tokens,
+        width=max(3, int(blocks * density)),
+        **where,
+      )
+    if name == 'sparge':
+      return sparge(q, k, density=density, similarity=-0.1, **where)
+    stride = int(name.rpartition('_')[2])
+    return xattention(q, k, density=density, stride=stride, **where)
+
+  return select
+
+
+def cases(
+  lengths: tuple[int, ...],
+  shares: tuple[int, ...],
+  selectors: tuple[str, ...] = SELECTORS,
+  peers: bool = True,
+) -> Iterator[Case]:
+  """All cases, dense first at each length.
+
+  Args:
+    lengths: tokens, multiples of 128.
+    shares: densities, as 1 / share.
+    selectors: names of `SELECTORS`.
+    peers: whether cuDNN runs beside.
+
+  Raises:
+    ValueError: a selector or a length that does not exist here.
+  """
+  for name in selectors:
+    if name not in SELECTORS:
+      raise ValueError(f'selector {name!r} is not one of {SELECTORS}')
+  for tokens in lengths:
+    if tokens < BLOCK or tokens % BLOCK:
+      raise ValueError(f'{tokens=} must be a multiple of {BLOCK}')
+  for tokens in lengths:
+    yield from _at_length(tokens, shares, selectors, peers)
+
+
+def _at_length(tokens, shares, selectors, peers) -> Iterator[Case]:
+  q, k, v = inputs(tokens)
+  label = f'{tokens // KIB}K' if tokens % KIB == 0 else str(tokens)
+  rivals = {}
+  if peers:
+
+    def cudnn():
+      # Laid out as cuDNN wants it, outside the timed program.
+      return Call(_cudnn, [(q, k.swapaxes(1, 2) + 0, v.swapaxes(1, 2) + 0)])
+
+    rivals = {'cudnn': cudnn}
+  pairs = HEADS * tokens * (tokens + 1) // 2
+  yield Case(
+    'attention',
+    f'dense {label}',
+    4.0 * HEAD_DIM * pairs,
+    'TFLOP/s',
+    {'ours': lambda: Call(_dense, [(q, k, v)])} | rivals,
+  )
+  for name in selectors:
+    for share in shares:
+      select = selector(name, 1 / share)
+      seen = float(_seen(select, q, k))
+      case = f'{name} 1/{share} of {label}, density {seen / pairs:.4f}'
+      work = 4.0 * HEAD_DIM * seen
+      yield Case(
+        'estimate',
+        case,
+        2.0 * (q.nbytes + k.nbytes),
+        'GB/s',
+        {'ours': lambda select=select: Call(select, [(q, k)])},
+      )
+      yield Case(
+        'attention',
+        case,
+        work,
+        'TFLOP/s',
+        {'ours': lambda select=select: Call(_sparse(select), [(q, k, v)])}
+        | rivals,
+      )
+
+
+def _seen(select, q, k):
+  @jax.jit
+  def count(q, k):
+    start = jnp.zeros(1, jnp.int32)
+    lengths = jnp.full(1, q.shape[1], jnp.int32)
+    return listed_keys(select(q, k).blocks, start, lengths)[0]
+
+  return count(q, k)
+
+
+def _dense(q, k, v):
+  lists = block_sparse.dense_blocks(1, q.shape[2], q.shape[1])
+  return block_sparse.block_sparse(q, k, v, lists).out
+
+
+def _sparse(select):
+  def run(q, k, v):
+    return block_sparse.block_sparse(q, k, v, select(q, k).blocks).out
+
+  return run
+
+
+def _cudnn(q, k, v):
+  return jax.nn.dot_product_attention(
+    q, k, v, is_causal=True, implementation='cudnn'
+  )
