@@ -6,9 +6,10 @@ pool that a per-row table points into. Methods of a cache are pure and can be
 jitted; with the cache donated, they write in place.
 
 Tokens of a row are numbered by a cursor: token number n lies in page n // page
-of its row. `page_starts` holds the *position* of a page's first token, so a
-row's positions need not start at 0 (a shard of the sequence, a host's piece),
-but are consecutive within a page. A page that is not in use starts at NEVER.
+of its row. `page_starts` holds the *position* of a page's first token. A row's
+positions need not start at 0 (a shard of the sequence, a host's piece) and may
+jump between pages, but increase, by 1 within a page. A page that is not in use
+starts at NEVER.
 
 Inside a `shard_map` a cache is the shard's own piece: used tokens, lengths and
 capacity are those of the shard, and page ids are local.
@@ -44,7 +45,7 @@ class Status(enum.IntEnum):
   OK = 0
   OVER_CAPACITY = 1  # the append would pass the row's capacity
   OUT_OF_PAGES = 2  # the pool has no page left for this row
-  POSITION_GAP = 3  # positions do not continue those of a half full page
+  POSITION_GAP = 3  # positions jump within a page
   RING_LOST = 4  # truncated by more than the slack: recent tokens are gone
 
 
@@ -230,11 +231,25 @@ def settle(
 def continues(
   open_start: Int32[Array, 'B'],
   used: Int32[Array, 'B'],
-  first: Int32[Array, 'B'],
+  positions: Int32[Array, 'B T'],
+  count: Int32[Array, 'B'],
   page: int,
 ) -> Bool[Array, 'B']:
-  """Whether position `first` follows the tokens of a half full page."""
-  return (used % page == 0) | (open_start + used % page == first)
+  """Whether positions are consecutive within each page of a row.
+
+  Args:
+    open_start: position of the first token of the row's open page.
+    used: tokens in the row.
+    positions: of the tokens that arrive.
+    count: how many do.
+    page: tokens of a page.
+  """
+  before = (open_start + used % page - 1)[:, None]
+  before = jnp.concatenate([before, positions[:, :-1]], axis=1)
+  token = jnp.arange(positions.shape[1], dtype=jnp.int32)
+  begins = (used[:, None] + token) % page == 0
+  padding = token >= count[:, None]
+  return jnp.all((positions == before + 1) | begins | padding, axis=1)
 
 
 def status_after_cut(

@@ -23,7 +23,14 @@ from lcx.cache.base import (
   status_after_cut,
 )
 from lcx.cache.stats import Bounds
-from lcx.cache.write import merged_pages, put_at, put_slices, take_at, window
+from lcx.cache.write import (
+  first_positions,
+  merged_pages,
+  put_at,
+  put_slices,
+  take_at,
+  window,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +137,7 @@ class DenseCache:
     Args:
       k: keys, rotated iff the config says so.
       v: values.
-      positions: consecutive in a row; they continue those of a half full page.
+      positions: increasing, by 1 within a page; they continue a half full one.
       count: 0 to T.
 
     Returns:
@@ -146,7 +153,7 @@ class DenseCache:
       (Status.OVER_CAPACITY, self.used + count > capacity),
       (
         Status.POSITION_GAP,
-        ~continues(open_start, self.used, positions[:, 0], page),
+        ~continues(open_start, self.used, positions, count, page),
       ),
     )
     offset = self.used % page
@@ -165,7 +172,7 @@ class DenseCache:
       self,
       k=write(self.k, k),
       v=write(self.v, v),
-      starts=self._new_starts(pages[:, :1], positions[:, 0] - offset),
+      starts=self._new_starts(pages[:, :1], positions, offset),
       used=self.used + count,
       status=status,
       stats=stats,
@@ -277,11 +284,10 @@ class DenseCache:
     b, h = self.k.shape[:2]
     return jnp.broadcast_to(index[:, None], (b, h, n))
 
-  def _new_starts(self, pages: Int32[Array, 'B 1 n'], first: Int32[Array, 'B']):
-    """Start positions, the open page's at `first` and its successors'."""
-    numbers = jnp.arange(pages.shape[2], dtype=jnp.int32)
-    starts = first[:, None, None] + numbers * self.page
-    return put_at(self.starts[:, None], pages, starts)[:, 0]
+  def _new_starts(self, pages: Int32[Array, 'B 1 n'], positions, offset):
+    """Start positions, with those of the pages that an append touches."""
+    first = first_positions(positions, offset, pages.shape[2], self.page)
+    return put_at(self.starts[:, None], pages, first[:, None])[:, 0]
 
   def _in_pages(self, kept: Float[Array, 'B K S H']):
     """[B K W page H]; free."""

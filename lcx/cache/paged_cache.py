@@ -40,7 +40,14 @@ from lcx.cache.base import (
 from lcx.cache.quantise import encode, error_bound
 from lcx.cache.stats import Bounds, Moments, Stats
 from lcx.cache.vacancy import Vacancy, holders
-from lcx.cache.write import merged_pages, put, put_at, take_at, window
+from lcx.cache.write import (
+  first_positions,
+  merged_pages,
+  put,
+  put_at,
+  take_at,
+  window,
+)
 
 if TYPE_CHECKING:
   from lcx.cache.paged import Paged
@@ -100,7 +107,7 @@ class PagedCache:
     Args:
       k: keys, rotated iff the config says so.
       v: values.
-      positions: consecutive in a row; they continue those of a half full page.
+      positions: increasing, by 1 within a page; they continue a half full one.
       count: 0 to T.
 
     Returns:
@@ -109,7 +116,6 @@ class PagedCache:
     """
     page = self.page
     offset = self.used % page
-    first = positions[:, 0] - offset
     count, status = self._admitted(count, positions)
     slot, alive = self._touched(count, window(k.shape[1], page))
     held = jnp.where(alive, take_at(self.table, slot), -1)
@@ -125,8 +131,8 @@ class PagedCache:
       tokens = jnp.swapaxes(tokens, 1, 2)
       return put(pool, target, merged_pages(tokens, older, offset, count))
 
-    numbers = jnp.arange(slot.shape[2], dtype=jnp.int32)
-    starts = jnp.broadcast_to(first[:, None, None] + numbers * page, slot.shape)
+    first = first_positions(positions, offset, slot.shape[2], page)
+    starts = jnp.broadcast_to(first[:, None], slot.shape)
     stats = self.stats
     if stats is not None:
       keys = jnp.swapaxes(k, 1, 2)[:, self._safe_stats_heads()]
@@ -315,7 +321,7 @@ class PagedCache:
     count = arriving(used, self.status, count, positions.shape[1])
     open_slot = self._slot((used // page)[:, None])[:, 0, 0]
     open_start = start_of_page(self.starts[:, 0], open_slot)
-    follows = continues(open_start, used, positions[:, 0], page)
+    follows = continues(open_start, used, positions, count, page)
     faults = [(Status.POSITION_GAP, ~follows)]
     if not self.config.endless:
       over = used + count > self.table.shape[2] * page

@@ -73,6 +73,22 @@ def merged_pages(
   return new.at[:, :, 0].set(jnp.where(kept, older, new[:, :, 0]))
 
 
+def first_positions(
+  positions: Int32[Array, 'B T'],
+  offset: Int32[Array, 'B'],
+  pages: int,
+  page: int,
+) -> Int32[Array, 'B pages']:
+  """Position of the first slot of each page of an append's window.
+
+  Positions may jump between pages (a shard of a zigzag layout holds two runs),
+  not within one.
+  """
+  token = jnp.arange(pages, dtype=jnp.int32) * page - offset[:, None]
+  inside = jnp.clip(token, 0, positions.shape[1] - 1)
+  return jnp.take_along_axis(positions, inside, axis=1) + token - inside
+
+
 def put(
   pool: Num[Array, 'P *R'], ids: Int32[Array, '*n'], values: Num[Array, '...']
 ) -> Num[Array, 'P *R']:

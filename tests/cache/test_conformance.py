@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas.keys import NEVER
 from lcx.cache import CacheShape, Dense, Paged, Shards, Status
 from tests.cache import reading
 from tests.cache.reading import DIM, HEADS, check_row, check_rows, empty, feed
@@ -181,6 +182,24 @@ def test_a_gap_in_positions_drops_the_row_alone(name):
   cache = feed(cache, [[5], [6], [7], []], NARROW, [4, 1, 0, 0])
   np.testing.assert_array_equal(cache.status, [Status.POSITION_GAP, 0, 0, 0])
   check_rows(cache, [[1, 2, 3], [4, 6], [7], []])
+
+
+@every_cache
+def test_positions_may_jump_between_pages_alone(name):
+  config = CONFIGS[name]
+  k = np.ones((4, WIDE, HEADS, DIM), np.float32)
+  positions = np.arange(WIDE, dtype=np.int32) + np.zeros((4, 1), np.int32)
+  positions[0, 8:] += 100  # where the second page begins
+  positions[1, 9:] += 100
+  count = np.array([20, 20, 9, 0], np.int32)
+  cache = reading.append(empty(config, 4), k, k, positions, count)
+  np.testing.assert_array_equal(cache.status, [0, Status.POSITION_GAP, 0, 0])
+  np.testing.assert_array_equal(cache.last_position(), [119, -1, 8, -1])
+  np.testing.assert_array_equal(cache.page_starts()[0, 0, :3], [0, 108, 116])
+  cache = reading.truncate(cache, np.array([10, 0, 8, 0]))
+  np.testing.assert_array_equal(cache.last_position(), [109, -1, 7, -1])
+  starts = np.asarray(cache.page_starts()[0, 0])
+  assert sorted(starts[starts < NEVER]) == [0, 108]
 
 
 @every_cache
