@@ -1,0 +1,187 @@
+"""Which heads of a model stream: trains a head profile, in pieces that resume.
+
+The workdir holds metrics.jsonl (one row a step), checkpoints/ and, after each
+piece, profile.json, which `lserve` takes as its field `profile`. The same
+command goes on where the last one ended.
+
+python -m experiments.run --config=configs/train_head_profile.py
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+import time
+from typing import Any, Literal
+
+import numpy as np
+import tqdm
+
+from experiments import environment, models
+from experiments import run as runner
+from experiments.prompts import Template
+from experiments.results import write_file, write_json
+from lcx import sharding
+from lcx.head_profile import HeadProfile, fingerprint
+from lcx.tasks.haystacks import default_text
+from lcx.train import head_profile
+from lcx.train.checkpoint import Checkpoints
+from lcx.train.passkeys import Passkeys, Writer
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """What to find the gates of, and how.
+
+  Attributes:
+    model: a Hugging Face folder, a GGUF file or preset:NAME.
+    source: 'train' (DuoAttention) or 'distant_mass' (no training, minutes).
+    title: of the run.
+    recipe: numbers of the training; sink and recent count for both sources.
+    documents: what is read.
+    text: a text file to hide passkeys in; '': Python's own documentation.
+    looked_at: documents of 'distant_mass'.
+    dtype: of the frozen weights and activations.
+    seed: of documents (and of random weights).
+    devices: that share the heads.
+    steps: of this piece at most; 0: to the end.
+    minutes: of this piece at most; 0: no limit.
+    save_minutes: between two checkpoints.
+  """
+
+  model: str
+  source: Literal['train', 'distant_mass'] = 'train'
+  title: str = 'head profile'
+  recipe: head_profile.Recipe = dataclasses.field(
+    default_factory=head_profile.Recipe
+  )
+  documents: Passkeys = dataclasses.field(default_factory=Passkeys)
+  text: str = ''
+  looked_at: int = 8
+  dtype: Literal['float32', 'bfloat16'] = 'bfloat16'
+  seed: int = 0
+  devices: int = 1
+  steps: int = 0
+  minutes: float = 0.0
+  save_minutes: float = 2.0
+
+
+def run(config: Config, workdir: pathlib.Path) -> None:
+  """Trains a piece (or looks), then writes the profile.
+
+  Raises:
+    ValueError: the config asks for what cannot be, or the workdir belongs to
+      another one.
+    OSError: a file cannot be read or written.
+  """
+  source = models.find(config.model, config.seed)
+  workdir.mkdir(parents=True, exist_ok=True)
+  write_json(workdir / 'config.json', dataclasses.asdict(config))
+  write_json(workdir / 'env.json', environment.describe())
+  model = models.load(source, config.dtype)
+  writer = _writer(config, model)
+  if config.source == 'distant_mass':
+    gates = head_profile.distant_mass(
+      model.config,
+      model.weights,
+      writer,
+      config.recipe,
+      documents=config.looked_at,
+    )
+    done: dict[str, Any] = {'documents_read': config.looked_at}
+  else:
+    mesh = sharding.make_mesh(model=config.devices)
+    trainer = head_profile.GateTrainer(
+      model.config, model.weights, source.sha256, writer, config.recipe, mesh
+    )
+    done = _train(config, trainer, workdir)
+    gates = trainer.gates
+  profile = HeadProfile(
+    gates=gates,
+    architecture=fingerprint(model.config),
+    sha256=source.sha256,
+    model=source.name,
+    recipe={
+      'source': config.source,
+      **dataclasses.asdict(config.recipe),
+      'documents': dataclasses.asdict(config.documents),
+      'seed': config.seed,
+      'dtype': config.dtype,
+      **done,
+    },
+  )
+  write_file(workdir / 'profile.json', profile.to_json())
+  per_layer = [sum(row) for row in profile.streaming(0.5)]
+  print(f'mean gate {np.mean(gates):.3f}, median {np.median(gates):.3f}')
+  print(f'streaming kv heads of each layer, half of all: {per_layer}')
+  print(f'profile: {workdir / "profile.json"}')
+
+
+def _writer(config: Config, model: Any) -> Writer:
+  text = default_text()
+  if config.text:
+    text = pathlib.Path(config.text).read_text('utf-8')
+  opening = tuple(Template(model.tokenizer)._opening)
+  encode = model.tokenizer.encode
+  haystack = np.asarray(encode(text), np.int32)
+  return Writer(haystack, encode, config.documents, config.seed, opening)
+
+
+def _train(config, trainer, workdir) -> dict[str, Any]:
+  begin = saved = time.monotonic()
+  until = begin + 60 * config.minutes if config.minutes else float('inf')
+  checkpoints = Checkpoints(workdir / 'checkpoints', trainer.fingerprint)
+  if trainer.restore(checkpoints):
+    print(f'goes on from step {trainer.step} of {config.recipe.steps}')
+  log = workdir / 'metrics.jsonl'
+  _cut_log(log, trainer.step)
+  stop = config.recipe.steps
+  if config.steps:
+    stop = min(stop, trainer.step + config.steps)
+  row: dict[str, float] = {}
+  with (
+    open(log, 'a') as file,
+    tqdm.tqdm(
+      total=config.recipe.steps, initial=trainer.step, mininterval=5
+    ) as bar,
+  ):
+    for row in trainer.run(stop):
+      file.write(json.dumps(row) + '\n')
+      file.flush()
+      if not np.isfinite(row['loss']):
+        raise FloatingPointError(
+          f'the loss is {row["loss"]} at step {row["step"]}: try '
+          '--config.dtype=float32'
+        )
+      bar.update(1)
+      bar.set_postfix_str(
+        f'distill {row["distill"]:.2e} gate {row["gate"]:.3f} '
+        f'below 1/2 {row["below_half"]:.0%}'
+      )
+      now = time.monotonic()
+      if now - saved > 60 * config.save_minutes:
+        trainer.save(checkpoints)
+        saved = now
+      if now > until:
+        break
+  if checkpoints.latest != trainer.step:
+    trainer.save(checkpoints)
+  checkpoints.close()
+  return {'steps_done': trainer.step, 'run': trainer.fingerprint, 'last': row}
+
+
+def _cut_log(log, step):
+  """Drops rows of steps that will be done again, and a torn last line."""
+  kept = []
+  for line in log.read_text().splitlines() if log.exists() else []:
+    try:
+      if json.loads(line)['step'] < step:
+        kept.append(line)
+    except ValueError:
+      continue
+  write_file(log, ''.join(line + '\n' for line in kept))
+
+
+if __name__ == '__main__':
+  runner.KINDS = (*runner.KINDS, 'train_head_profile')
+  sys.exit(runner.main(sys.argv))
