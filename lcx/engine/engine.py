@@ -125,7 +125,7 @@ class Engine:
     """Calls a program, compiled ahead so that its time is known apart."""
     shapes = jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), args)
     leaves, tree = jax.tree.flatten(shapes)
-    key = (name, tuple(leaves), tree, tuple(sorted(static)))
+    key = (name, tuple(leaves), tree, tuple(sorted(static.items())))
     if key not in self._programs:
       start = time.perf_counter()
       jitted = jax.jit(
@@ -196,25 +196,24 @@ class Engine:
     if not 1 <= len(prompts) <= self.batch:
       raise ValueError(f'{len(prompts)} prompts do not fit {self.batch} rows')
     prompts = prompts + prompts[-1:] * (self.batch - len(prompts))
-    layouts = [self.method.prefill.layout(p, question) for p in prompts]
-    totals = [int(np.max(lay.source)) + 1 for lay in layouts]
-    if max(totals) > self.capacity:
+    wholes = [p.whole(question) for p in prompts]
+    longest = max(len(w) for w in wholes)
+    if longest > self.capacity:
       raise ValueError(
-        f'a prompt of {max(totals)} tokens exceeds the cache of '
-        f'{self.capacity}: raise the capacity or shorten the context'
+        f'a prompt of {longest} tokens exceeds the cache of {self.capacity}: '
+        'raise the capacity or shorten the context'
       )
-    hosts = max(self.method.prefill.hosts, self.mesh.shape['seq'])
-    length = bucket(max(len(lay.tokens) for lay in layouts), 128 * hosts)
-    rows = [_padded(lay, length) for lay in layouts]
+    shards, part = self.mesh.shape['seq'], self.method.prefill
+    room = bucket(longest, 128 * part.pieces(shards))
+    rows = [part.layout(p, question, room, shards) for p in prompts]
     tokens, positions, source, valid = (
       np.stack([getattr(r, f) for r in rows]) for f in Layout._fields
     )
-    last = np.array(
-      [int(np.argmax(s == n - 1)) for s, n in zip(source, totals, strict=True)],
-      np.int32,
-    )
-    lengths = self._rows(np.array(totals, np.int32))
+    read = np.max(source, axis=1) + 1
+    last = np.argmax(source == read[:, None] - 1, axis=1).astype(np.int32)
+    lengths = self._rows(read.astype(np.int32))
     positions = self._rows(positions, 'seq')
+    source = self._rows(source, 'seq')
     valid = self._rows(valid, 'seq')
     caches, states = self._empty()
     x = self._call(
@@ -233,11 +232,13 @@ class Engine:
         caches[i],
         states[i],
         positions,
+        source,
         valid,
         lengths,
         self._scalar(i),
         self._scalar(0),
         donate=(1, 2, 3),
+        room=room,
       )
       sums.append(more)
     for i in range(len(caches)):
@@ -247,16 +248,13 @@ class Engine:
     )
     sums = jax.tree.map(lambda *s: np.sum([np.asarray(a) for a in s], 0), *sums)
     zeros = jax.tree.map(np.zeros_like, sums)
-    return Session(
-      tuple(caches),
-      tuple(states),
-      lengths,
-      scores,
-      (),
-      np.array(totals),
-      zeros,
-      sums,
+    session = Session(
+      tuple(caches), tuple(states), lengths, scores, (), read, zeros, sums
     )
+    rest = [w[n:] for w, n in zip(wholes, read, strict=True)]
+    if any(len(r) for r in rest):
+      self.extend(session, rest)
+    return session
 
   def extend(self, session: Session, tokens: list[np.ndarray]) -> None:
     """Feeds more tokens a row through the decode path, in pieces.
@@ -513,23 +511,6 @@ class _Meter:
   @property
   def compile_s(self) -> float:
     return self._engine.compile_s - self._compile
-
-
-def _padded(layout: Layout, length: int) -> Layout:
-  """A row padded to the bucket; padding continues the positions."""
-  more = length - len(layout.tokens)
-  last = int(layout.positions[-1]) + 1
-  return Layout(
-    np.pad(layout.tokens, (0, more)),
-    np.concatenate(
-      [
-        layout.positions,
-        np.arange(last, last + more, dtype=np.int32),
-      ]
-    ),
-    np.pad(layout.source, (0, more), constant_values=-1),
-    np.pad(layout.valid, (0, more)),
-  )
 
 
 def _add(session: Session, sums: dict[str, Any]) -> None:

@@ -98,12 +98,14 @@ def prefill_layer(
   cache: Any,
   state: Any,
   positions: Int32[Array, 'B T'],
+  source: Int32[Array, 'B T'],
   valid: Bool[Array, 'B T'],
   lengths: Int32[Array, 'B'],
   layer: Int32[Array, ''],
   seed: Int32[Array, ''],
   *,
   plan: Plan,
+  room: int,
 ):
   """One layer over the whole prompt; compiled once for all layers.
 
@@ -113,9 +115,13 @@ def prefill_layer(
   rope = make_rope(plan.config)
   method = plan.method
 
-  def attend(q, k, v, cache, state, positions, valid, lengths, layer, seed):
+  def attend(
+    q, k, v, cache, state, positions, source, valid, lengths, layer, seed
+  ):
     ctx = plan.context(
+      room=room,
       positions=positions,
+      source=source,
       valid=valid,
       lengths=lengths,
       layer=layer,
@@ -131,9 +137,9 @@ def prefill_layer(
   out, cache, state, sums = plan.sharded(
     attend,
     (heads, heads, heads, cache_specs, state_specs)
-    + (_PROMPT, _PROMPT, _ROWS, P(), P()),
+    + (_PROMPT, _PROMPT, _PROMPT, _ROWS, P(), P()),
     (heads, cache_specs, state_specs, _ROWS),
-  )(q, k, v, cache, state, positions, valid, lengths, layer, seed)
+  )(q, k, v, cache, state, positions, source, valid, lengths, layer, seed)
   chunk = plan.chunk if x.shape[1] > plan.chunk else None
   x = layer_output(layer_weights, x, out, plan.config, chunk)
   return plan.place(x, AXES.data, AXES.seq), cache, state, sums
@@ -178,8 +184,10 @@ def _few_tokens_layer(
   steps = jnp.arange(x.shape[1], dtype=jnp.int32)
 
   def attend(q, k, v, cache, state, lengths, count, layer, seed):
+    positions = lengths[:, None] + steps
     ctx = plan.context(
-      positions=lengths[:, None] + steps,
+      positions=positions,
+      source=positions,
       valid=steps < count[:, None],
       lengths=lengths + count,
       layer=layer,

@@ -54,8 +54,9 @@ class Layout(NamedTuple):
   Attributes:
     tokens: int32 [T].
     positions: int32 [T] position ids, as rotation sees them.
-    source: int32 [T] index of the token in the prompt; -1: a copy (an anchor)
-      or padding, whose output nobody reads.
+    source: int32 [T] index of the token in the prompt; -1: padding; -2 - i: a
+      copy of token i (in an anchor), whose output nobody reads. Tokens of the
+      prompt after the last one laid out go through the decode path.
     valid: bool [T] False for padding.
   """
 
@@ -65,11 +66,15 @@ class Layout(NamedTuple):
   valid: np.ndarray
 
 
-def plain_layout(tokens: np.ndarray) -> Layout:
-  """The prompt in its own order, each token at its own position."""
-  index = np.arange(len(tokens), dtype=np.int32)
+def plain_layout(tokens: np.ndarray, room: int) -> Layout:
+  """The prompt in its own order, padded to `room`, positions counting on."""
+  index = np.arange(room, dtype=np.int32)
+  valid = index < len(tokens)
   return Layout(
-    np.asarray(tokens, np.int32), index, index, np.ones(len(tokens), bool)
+    np.pad(np.asarray(tokens, np.int32), (0, room - len(tokens))),
+    index,
+    np.where(valid, index, -1).astype(np.int32),
+    valid,
   )
 
 
@@ -91,11 +96,13 @@ class Context:
   Attributes:
     positions: int32 [B T] of the tokens of this call, this shard's piece.
     valid: bool [B T] False for padding; a suffix of each row in decode.
+    source: int32 [B T] as in `Layout`; in decode, the positions.
     lengths: int32 [B] tokens of the whole row (all shards), this call included,
       padding excluded.
     layer: int32 [] index of the layer, traced.
-    n_layers: static.
     key: PRNG key of this layer and step.
+    n_layers: static.
+    room: static; padded tokens of the prompt over all shards; 0 in decode.
     sliding_window: static; the model's own window, or None. It intersects
       whatever a method selects.
     trace: static; True asks for a `Trace`.
@@ -104,10 +111,12 @@ class Context:
 
   positions: Int32[Array, 'B T']
   valid: Bool[Array, 'B T']
+  source: Int32[Array, 'B T']
   lengths: Int32[Array, 'B']
   layer: Int32[Array, '']
   key: PRNGKeyArray
   n_layers: int = dataclasses.field(default=1, metadata={'static': True})
+  room: int = dataclasses.field(default=0, metadata={'static': True})
   sliding_window: int | None = dataclasses.field(
     default=None, metadata={'static': True}
   )
@@ -172,17 +181,33 @@ class Part:
 
 
 class Prefill(Part):
-  """Attention over the prompt. Subclass as a frozen dataclass.
+  """Attention over the prompt. Subclass as a frozen dataclass."""
 
-  `hosts` is the number of pieces into which the method splits the sequence; it
-  is a multiple of the mesh's `seq` axis and may exceed it (virtual hosts).
-  """
+  def pieces(self, shards: int) -> int:
+    """Into how many equal pieces the padded prompt is cut.
 
-  hosts: int = 1
+    Args:
+      shards: size of the mesh's `seq` axis, which must divide the result.
+    """
+    return shards
 
-  def layout(self, prompt: Prompt, question: int | None) -> Layout:
-    """Orders one row's tokens."""
-    return plain_layout(prompt.whole(question))
+  def layout(
+    self, prompt: Prompt, question: int | None, room: int, shards: int
+  ) -> Layout:
+    """Orders one row's tokens.
+
+    Args:
+      prompt: the request.
+      question: index of the question that is read with it; None: none.
+      room: tokens all rows are padded to, a multiple of 128 * `pieces`.
+      shards: size of the mesh's `seq` axis; the layout is cut into as many
+        equal parts.
+
+    Returns:
+      A layout of one length for every prompt of at most `room` tokens.
+    """
+    del shards
+    return plain_layout(prompt.whole(question), room)
 
   def attend(self, q, k, v, rope: Rope, cache, ctx: Context):
     """Attends and fills the cache.
