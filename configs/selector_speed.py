@@ -1,0 +1,38 @@
+"""Selectors: estimate and whole attention beside dense cuDNN, 4K to 256K.
+
+python -m experiments.run --config=configs/selector_speed.py
+
+Arguments: `smoke` (a short prompt, no peer, seconds on a CPU), `length=N` (one
+length in place of all). The ratio of an `attention` row is the speed-up over
+cuDNN; the length from which it passes 1 is the crossover.
+"""
+
+from configs import common
+
+
+def get_config(arg=''):
+  arg = common.parse_arg(arg, length=0)
+  config = common.base('measure', 'Selectors: estimate and attention')
+  config.suite = 'selector_bench'
+  lengths = tuple(1024 * n for n in (4, 8, 16, 32, 64, 128, 256))
+  config.numbers = common.table(
+    {
+      'lengths': (arg.length,) if arg.length else lengths,
+      'shares': (8, 16),
+      'selectors': (
+        'xattention_16',
+        'xattention_8',
+        'sparge',
+        'vertical_slash',
+      ),
+      'peers': True,
+    }
+  )
+  config.repeats = 10
+  if arg.smoke:
+    config.numbers.lengths = (512,)
+    config.numbers.shares = (2,)
+    config.numbers.selectors = ('xattention_16',)
+    config.numbers.peers = False
+    config.repeats = 1
+  return config
