@@ -436,7 +436,7 @@ def answer(method, mesh=(1, 1, 1), contexts=(300,), n=11):
     config,
     transformer.init(config, jax.random.key(0)),
     method,
-    capacity=384,
+    capacity=448,
     batch=len(contexts),
     room=64,
     mesh=sharding.make_mesh(*mesh),
