@@ -19,6 +19,11 @@ scales and zeros are rows of lanes, as its positions are.
 Bytes: 2 page H bits / 8 a page (+ 512 a page and scale row: a row of lanes is
 padded to 128). XLA pads packed int4 of head dim 128 to 128 lanes, too: on TPU
 int4 saves no bytes over int8 there; head dim 256 it does.
+
+Hold the pool row-major (jax.experimental.layout, major_to_minor (0, 1, 2)):
+XLA's default layout of a pool with fewer than 128 last lanes has P minor, and
+every call would copy the pool. Scales and zeros are copied either way: page
+rows of lanes are what the kernel can address.
 """
 
 import dataclasses
@@ -45,10 +50,10 @@ def refuse(function: str, q, pages, ids, *args, **kwargs) -> str | None:
   reason = mosaic_tpu.refuse(q, pages.k.dtype)
   if reason or function == 'attend_tokens':
     return reason
-  if pages.page % 16 or (pages.bits < 16 and pages.page % 32):
-    return f'page={pages.page} must be a multiple of 16 (quantised: 32)'
-  if pages.page > 512:
-    return f'page={pages.page} must be at most 512'
+  if pages.bits < 16 and pages.page % 32:
+    return f'page={pages.page} of quantised keys must be a multiple of 32'
+  if pages.page not in (16, 32, 64, 128, 256, 512):
+    return f'page={pages.page} must be a power of two, 16 to 512'
   if ids.shape[2] > _MAX_WIDTH:
     return f'a list of {ids.shape[2]} pages exceeds {_MAX_WIDTH} (SMEM)'
   return None
@@ -79,9 +84,9 @@ def _kernel(*refs, static: _Static):
   base_ref, sems = refs[10 + 2 * n_side :]
   page, group, stages = st.page, st.group, st.stages
   r = pl.program_id(0)
-  steps = pl.cdiv(list_ref[0, 0, 0], group)
+  steps = lax.div(list_ref[0, 0, 0] + group - 1, group)
   # The row after the last is zeros: it has no steps.
-  next_steps = pl.cdiv(next_ref[0, 0, 0], group)
+  next_steps = lax.div(next_ref[0, 0, 0] + group - 1, group)
 
   def entry(step, e):
     """The page of a step of this row or, past its end, of the next; or -1."""
@@ -280,7 +285,8 @@ def _attend(
   sides = {name: x for name, x in sides.items() if x is not None}
   group = max(1, min(step_keys // page, width))
   # Whole rows of 128 lanes.
-  group = -(-group * page // 128) * 128 // page if page < 128 else group
+  group = max(group, 128 // page)
+  group -= group % max(1, 128 // page)
   static = _Static(
     page=page,
     group=group,
