@@ -227,7 +227,8 @@ def _cut_log(log, step):
 
 
 def _train(config, trainer, checkpoints, log, stop, until):
-  peak = _PEAK.get(' '.join(environment.device().split()[:2]), 0.0)
+  device = environment.device()
+  peak = sum(rate for name, rate in _PEAK.items() if name in device)
   peak *= int(np.prod(config.mesh))
   saved = time.monotonic()
   with (
