@@ -24,7 +24,14 @@ from ml_collections.config_flags import config_flags as config_files
 
 from experiments import errors, resolve
 
-KINDS = ('evaluate', 'measure', 'train', 'sweep')
+KINDS = (
+  'evaluate',
+  'measure',
+  'measure_methods',
+  'train',
+  'train_head_profile',
+  'sweep',
+)
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 _CONFIG = config_flags.DEFINE_config_file(

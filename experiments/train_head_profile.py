@@ -10,7 +10,6 @@ python -m experiments.run --config=configs/train_head_profile.py
 import dataclasses
 import json
 import pathlib
-import sys
 import time
 from typing import Any, Literal
 
@@ -18,7 +17,6 @@ import numpy as np
 import tqdm
 
 from experiments import environment, models
-from experiments import run as runner
 from experiments.prompts import Template
 from experiments.results import write_file, write_json
 from lcx import sharding
@@ -180,8 +178,3 @@ def _cut_log(log, step):
     except ValueError:
       continue
   write_file(log, ''.join(line + '\n' for line in kept))
-
-
-if __name__ == '__main__':
-  runner.KINDS = (*runner.KINDS, 'train_head_profile')
-  sys.exit(runner.main(sys.argv))

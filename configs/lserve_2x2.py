@@ -1,0 +1,61 @@
+"""LServe's two kinds of sparsity, static and dynamic, each on and off.
+
+python -m experiments.run --config=configs/lserve_2x2.py:profile=FILE
+
+FILE comes from configs/train_head_profile.py (default: what it writes under
+--workdir=runs/head_profile). Arguments: `budget=N`,
+`method=NAME` (one row beside dense), `smoke`. Times of the same four stand in
+configs/lserve_speed.py.
+"""
+
+from configs import common
+
+PROFILE = 'runs/head_profile/profile.json'
+
+
+def get_config(arg=''):
+  arg = common.parse_arg(arg, method='', profile=PROFILE, budget=2048)
+  config = common.base('evaluate', 'LServe: static and dynamic sparsity')
+  config.model = '.cache/models/SmolLM2-135M-Instruct.Q4_1.gguf'
+  config.dtype = 'bfloat16'
+  static = {'method': 'lserve', 'profile': arg.profile}
+  dynamic = {'method': 'lserve', 'budget': arg.budget}
+  config.methods = common.methods(
+    arg.method,
+    {
+      'dense': {},
+      'static': static | {'decode': {'crossover': 2**30}},
+      'dynamic': dynamic,
+      'both': static | dynamic,
+    },
+  )
+  config.tasks = common.table(
+    {
+      'niah_single_2': {},
+      'niah_multikey_1': {},
+      'niah_multivalue': {},
+      'vt': {},
+    }
+  )
+  config.lengths = (8192,)
+  config.samples = 100
+  config.protocols = ('whole', 'context_first')
+  config.max_new_tokens = 0
+  config.batch = 1
+  config.capacity = 0
+  config.seed = 0
+  config.haystack = ''
+  config.transfer_guard = 'allow'
+  if arg.smoke:
+    config.model = 'preset:tiny'
+    config.dtype = 'float32'
+    both = config.methods.both
+    both.budget, both.profile = 384, 'alternate'
+    config.methods = common.table({'dense': {}})
+    config.methods.both = both
+    config.tasks = common.table({'niah_single_2': {}})
+    config.lengths = (512,)
+    config.samples = 1
+    config.protocols = ('whole',)
+    config.max_new_tokens = 2
+  return config

@@ -1,0 +1,76 @@
+"""LServe on RULER: budgets, reuse, page sizes, cache types, scorers.
+
+python -m experiments.run --config=configs/lserve_budget.py
+
+Arguments: `profile=FILE` (of configs/train_head_profile.py; without one no head
+streams), `vary=budget|reuse|page|cache|scorer` (one column of the table),
+`method=NAME` (one row beside dense), `smoke`. The default model is small;
+--config.model and --config.lengths take any other.
+"""
+
+from configs import common
+
+NEEDLES = ('niah_single_2', 'niah_multikey_1', 'niah_multivalue')
+
+
+def get_config(arg=''):
+  arg = common.parse_arg(arg, method='', profile='', vary='')
+  config = common.base('evaluate', 'LServe: what its numbers cost in quality')
+  config.model = '.cache/models/SmolLM2-135M-Instruct.Q4_1.gguf'
+  config.dtype = 'bfloat16'
+  rows = {'dense': {}}
+  for vary, variants in _variants().items():
+    if arg.vary in ('', vary):
+      rows |= {
+        f'lserve {name}': {'method': 'lserve', 'profile': arg.profile, **fields}
+        for name, fields in variants.items()
+      }
+  config.methods = common.methods(arg.method, rows)
+  config.tasks = common.table({name: {} for name in (*NEEDLES, 'vt')})
+  config.lengths = (8192,)
+  config.samples = 100
+  config.protocols = ('whole', 'context_first')
+  config.max_new_tokens = 0
+  config.batch = 1
+  config.capacity = 0
+  config.seed = 0
+  config.haystack = ''
+  config.transfer_guard = 'allow'
+  if arg.smoke:
+    config.model = 'preset:tiny'
+    config.dtype = 'float32'
+    config.methods = common.table(
+      {'dense': {}, 'lserve': {'budget': 384, 'profile': 'alternate'}}
+    )
+    config.tasks = common.table({'niah_single_2': {}})
+    config.lengths = (512,)
+    config.samples = 1
+    config.protocols = ('whole',)
+    config.max_new_tokens = 2
+  return config
+
+
+def _variants():
+  pages = {
+    f'page={page}': {'cache': {'logical_page': 16, 'page': page}}
+    for page in (16, 32)
+  }
+  alone = {
+    f'page={n}, logical={n}': {'cache': {'page': n, 'logical_page': n}}
+    for n in (32, 64)
+  }
+  return {
+    'budget': {f'budget={n}': {'budget': n} for n in (1024, 2048, 4096, 8192)},
+    'reuse': {
+      f'reuse={n}': {'budget': 2048, 'reuse': n} for n in (1, 2, 8, 16)
+    },
+    'page': {
+      name: {'budget': 2048, **fields}
+      for name, fields in (pages | alone).items()
+    },
+    'cache': {f'bits={n}': {'budget': 2048, 'bits': n} for n in (8, 4)},
+    'scorer': {
+      'moments': {'budget': 2048, 'scorer': 'moments', 'stats': 'moments'},
+      'group=sum': {'budget': 2048, 'group': 'sum'},
+    },
+  }
