@@ -118,7 +118,13 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize('group', tpu_interpret.CASES)
+@pytest.mark.parametrize(
+  'group',
+  [
+    *tpu_interpret.CASES,
+    *(pytest.param(x, marks=pytest.mark.long) for x in tpu_interpret.MORE),
+  ],
+)
 def test_interpreted_kernels_equal_the_oracle(group):
   run = subprocess.run(
     [sys.executable, '-m', 'tests.kernels.tpu_interpret', group],
@@ -137,6 +143,19 @@ def test_lowers_for_tpu(name):
   function, args = CALLS[name]('tpu')
   exported = jax.export.export(jax.jit(function), platforms=['tpu'])(*args)
   assert 'tpu_custom_call' in exported.mlir_module()
+
+
+@pytest.mark.parametrize('name', CALLS)
+def test_lowers_for_cuda(name):
+  """The same calls through the GPU kernels, where they take them."""
+  function, args = CALLS[name]('gpu')
+  try:
+    jax.eval_shape(function, *args)
+  except ValueError as error:
+    assert "implementation='gpu'" in str(error)  # refused, with the reason
+    pytest.skip(str(error))
+  exported = jax.export.export(jax.jit(function), platforms=['cuda'])(*args)
+  assert 'mosaic_gpu' in exported.mlir_module()
 
 
 AOT = [

@@ -115,28 +115,37 @@ CASES = {
     functools.partial(
       _block, 'float32', b=2, t=140, s=300, kv=1, group=8, sliding_window=150
     ),
-    functools.partial(
-      _block, 'bfloat16', b=1, t=100, s=300, kv=4, group=1, h=128, dtype=BF16
-    ),
-    functools.partial(_block, 'float32', b=1, t=1, s=65, group=1, h=256),
   ),
   'paged_passing': (
     functools.partial(_paged, 32, 150),
-    functools.partial(_paged, 8, 40),
     functools.partial(_passing, 'bfloat16', dtype=BF16),
   ),
   'selected': (
     functools.partial(_pages, 'float32', streaming=True),
-    functools.partial(_pages, 'bfloat16', dtype=BF16, page=64, h=128, t=1),
     functools.partial(_pages, 'float32', bits=8, page=32, streaming=True),
-    functools.partial(_pages, 'float32', bits=4, page=32, h=128),
-    functools.partial(_tokens, 'float32', streaming=True),
     functools.partial(_tokens, 'float32', bits=4),
+  ),
+}
+# More dtypes and head dims of the same code: make test-all.
+MORE = {
+  'block_more': (
+    functools.partial(
+      _block, 'bfloat16', b=1, t=100, s=300, kv=4, group=1, h=128, dtype=BF16
+    ),
+    functools.partial(_block, 'float32', b=1, t=1, s=65, group=1, h=256),
+    functools.partial(_block, 'float32', b=2, t=300, s=700, kv=1, group=8),
+    functools.partial(_paged, 8, 40),
+  ),
+  'selected_more': (
+    functools.partial(_pages, 'bfloat16', dtype=BF16, page=64, h=128, t=1),
+    functools.partial(_pages, 'float32', bits=4, page=32, h=128),
+    functools.partial(_pages, 'float32', width=1, page=128),
+    functools.partial(_tokens, 'float32', streaming=True),
   ),
 }
 
 
 if __name__ == '__main__':
-  for case in CASES[sys.argv[1]]:
+  for case in {**CASES, **MORE}[sys.argv[1]]:
     case()
     print('passed', case.args, case.keywords, flush=True)
