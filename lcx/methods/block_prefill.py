@@ -6,6 +6,7 @@ more travels.
 """
 
 import dataclasses
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -36,9 +37,14 @@ class BlockPrefill(Prefill):
   width: int | None = None
   dense_below: int = 0
 
-  def at_full_budget(self, length: int) -> 'BlockPrefill':
-    """Lists wide enough for every block of `length` tokens."""
-    return dataclasses.replace(self, width=-(-length // 128) + 3)
+  def at_full_budget(self, length: int) -> Self:
+    """Lists wide enough for every block of `length` tokens, and full."""
+    wide = -(-length // 128) + 3
+    return dataclasses.replace(self, width=wide, **self.full_budget(length))
+
+  def full_budget(self, length: int) -> dict[str, Any]:
+    """The fields that make every list full up to `length` tokens."""
+    raise NotImplementedError
 
   def check(self, config, capacity: int) -> None:
     del config

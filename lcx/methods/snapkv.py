@@ -8,6 +8,7 @@ rewinding to the end of the prompt stays exact.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -135,7 +136,7 @@ class SnapKVDecode(Decode):
     cache = shards.append(cache, k, rope(k, ctx.positions), v, ctx)
     pages = cache.pages()
     ids, starts, lost = self._after(cache, state.since, pages.page)
-    rule = {
+    rule: dict[str, Any] = {
       'q_positions': shards.seen_until(cache, ctx),
       **shards.window(k.shape[2], ctx.sliding_window),
     }

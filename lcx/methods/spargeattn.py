@@ -5,6 +5,7 @@ stage (skipping P V inside the kernel) and without its quantisation.
 """
 
 import dataclasses
+from typing import Any
 
 from lcx import cache as caches
 from lcx.methods.base import Context, Method
@@ -28,9 +29,8 @@ class SpargePrefill(BlockPrefill):
   density: float | None = None
   similarity: float = 0.6
 
-  def at_full_budget(self, length: int) -> 'SpargePrefill':
-    whole = super().at_full_budget(length)
-    return dataclasses.replace(whole, threshold=1.0, density=None)
+  def full_budget(self, length: int) -> dict[str, Any]:
+    return {'threshold': 1.0, 'density': None}
 
   def check(self, config, capacity: int) -> None:
     super().check(config, capacity)

@@ -6,6 +6,7 @@ assigned, and the most frequent one in the released tables.
 """
 
 import dataclasses
+from typing import Any
 
 from lcx import cache as caches
 from lcx.methods.base import Context, Method
@@ -30,9 +31,8 @@ class VerticalSlashPrefill(BlockPrefill):
   diagonals: int = 6096
   window: int = 64
 
-  def at_full_budget(self, length: int) -> 'VerticalSlashPrefill':
-    whole = super().at_full_budget(length)
-    return dataclasses.replace(whole, columns=max(length, 1))
+  def full_budget(self, length: int) -> dict[str, Any]:
+    return {'columns': max(length, 1)}
 
   def check(self, config, capacity: int) -> None:
     super().check(config, capacity)

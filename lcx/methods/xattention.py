@@ -6,6 +6,7 @@ threshold per head, searched offline).
 """
 
 import dataclasses
+from typing import Any
 
 from lcx import cache as caches
 from lcx.methods.base import Context, Method
@@ -31,9 +32,8 @@ class XAttentionPrefill(BlockPrefill):
   stride: int = 16
   per: str = 'head'
 
-  def at_full_budget(self, length: int) -> 'XAttentionPrefill':
-    whole = super().at_full_budget(length)
-    return dataclasses.replace(whole, threshold=1.0, density=None)
+  def full_budget(self, length: int) -> dict[str, Any]:
+    return {'threshold': 1.0, 'density': None}
 
   def check(self, config, capacity: int) -> None:
     super().check(config, capacity)

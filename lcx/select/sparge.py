@@ -112,7 +112,7 @@ def sparge(
   pieces = next(d for d in range(-(-s * h // _PIECE), n + 1) if n % d == 0)
   row = jnp.arange(batch * kv_heads) // kv_heads
   means, trusted = lax.map(
-    lambda args: _means(*args, similarity),
+    lambda args: _means(args[0], args[1], similarity),
     (
       k.reshape(batch * kv_heads * pieces, -1, block_k, h),
       valid[row].reshape(batch * kv_heads * pieces, -1, block_k),

@@ -222,7 +222,8 @@ def _crossing(
   low = (rows.first[..., None] - key - block_k + 1) // block_k
   high = (rows.last[..., None] - key) // block_k  # [B c Sb]
   take = jax.vmap(lambda x, index: jnp.take(x, index, axis=2))
-  total, some = 0.0, False
+  shape = (*weight.shape[:3], *low.shape[1:])
+  total, some = jnp.zeros(shape), jnp.zeros(shape, bool)
   for step in range(1 + -(-(block_q + block_k - 2) // block_k)):
     index = low + step
     good = (index >= 0) & (index <= high) & (index < n_blocks)
