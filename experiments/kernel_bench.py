@@ -6,6 +6,7 @@ inputs are made on the device from a seed, and differ from call to call.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -79,6 +80,10 @@ def ceilings() -> Iterator[Case]:
   yield Case('copy', '2 GiB', 2 * 2**31, 'GB/s', {'xla': copy})
 
 
+def _named(sizes: dict[str, int]) -> str:
+  return 'ours ' + ' '.join(f'{n}={x}' for n, x in sizes.items())
+
+
 def _label(tokens: int) -> str:
   return f'{tokens // KIB}K' if tokens % KIB == 0 else str(tokens)
 
@@ -90,30 +95,36 @@ def _prompt(tokens, heads=HEADS):
   return q, k, v
 
 
+def _listed_a_tile(tokens: int, share: int):
+  return -(-(np.arange(tokens // BLOCK) + 1) // share)
+
+
+def listed_pairs(tokens: int, share: int) -> int:
+  """Visible pairs of all heads under `share_of_blocks`."""
+  count = _listed_a_tile(tokens, share)
+  diagonal = len(count) * BLOCK * (BLOCK + 1) // 2
+  return HEADS * int((count - 1).sum() * BLOCK**2 + diagonal)
+
+
 def share_of_blocks(tokens: int, share: int, seed: int = 0):
   """Lists of ceil((i + 1) / share) random blocks for tile i, its own included.
 
   Returns:
-    BlockList, and the visible pairs of all heads.
+    BlockList; every head has its own lists.
   """
   rng = np.random.default_rng(seed)
-  tiles = tokens // BLOCK
-  count = -(-(np.arange(tiles) + 1) // share)
+  count = _listed_a_tile(tokens, share)
+  tiles = len(count)
   ids = np.zeros((1, HEADS, tiles, count.max()), np.int32)
   for i in range(tiles):
-    chosen = np.argpartition(
-      rng.random((HEADS, max(i, 1)), np.float32), count[i] - 1, axis=1
-    )[:, : count[i] - 1]
+    others = rng.random((HEADS, max(i, 1)), np.float32)
+    chosen = np.argsort(others, axis=1)[:, : count[i] - 1]
     ids[0, :, i, : count[i] - 1] = np.sort(chosen, axis=1)
     ids[0, :, i, count[i] - 1] = i
-  blocks = block_sparse.listed(
-    jnp.asarray(ids),
-    jnp.broadcast_to(jnp.asarray(count, jnp.int32), (1, HEADS, tiles)),
+  count = jnp.asarray(count, jnp.int32)
+  return block_sparse.listed(
+    jnp.asarray(ids), jnp.broadcast_to(count, (1, HEADS, tiles))
   )
-  pairs = HEADS * int(
-    (count - 1).sum() * BLOCK**2 + tiles * BLOCK * (BLOCK + 1) // 2
-  )
-  return blocks, pairs
 
 
 def _dense_peers(q, k, v) -> dict[str, Callable[[], Call]]:
@@ -129,17 +140,7 @@ def _dense_peers(q, k, v) -> dict[str, Callable[[], Call]]:
 
     return Call(run, [(q, *swapped)])
 
-  peers = {'cudnn': cudnn}
-  try:
-    import torch
-
-    from experiments import torch_peers
-
-    if torch.cuda.is_available():
-      peers |= torch_peers.dense(q.shape, k.shape)
-  except ImportError:
-    pass
-  return peers
+  return {'cudnn': cudnn}
 
 
 def _ours(implementation, sizes=None):
@@ -160,11 +161,11 @@ def prompts(
     pairs = HEADS * tokens * (tokens + 1) // 2
     blocks = block_sparse.dense_blocks(1, HEADS, tokens)
     run = _ours(implementation)
-    calls = {'ours': lambda run=run: Call(run, [(q, k, v, blocks)])}
+    inputs = q, k, v, blocks
+    calls = {'ours': functools.partial(Call, run, [inputs])}
     for sizes in variants:
-      name = 'ours ' + ' '.join(f'{n}={x}' for n, x in sizes.items())
       other = _ours(implementation, sizes)
-      calls[name] = lambda run=other: Call(run, [(q, k, v, blocks)])
+      calls[_named(sizes)] = functools.partial(Call, other, [inputs])
     if peers:
       calls |= _dense_peers(q, k, v)
     work = 4 * HEAD_DIM * pairs
@@ -172,9 +173,12 @@ def prompts(
       'block_sparse', f'causal {_label(tokens)}', work, 'TFLOP/s', calls
     )
     for share in shares:
-      some, pairs = share_of_blocks(tokens, share)
-      calls = {'ours': lambda some=some: Call(run, [(q, k, v, some)])}
-      work = 4 * HEAD_DIM * pairs
+
+      def listed(share=share, run=run, inputs=(q, k, v), tokens=tokens):
+        return Call(run, [(*inputs, share_of_blocks(tokens, share))])
+
+      calls = {'ours': listed}
+      work = 4 * HEAD_DIM * listed_pairs(tokens, share)
       case = f'1/{share} of {_label(tokens)}'
       yield Case('block_sparse', case, work, 'TFLOP/s', calls)
 
@@ -247,8 +251,9 @@ def pool(pages: int, page: int, bits: int, seed: int = 5) -> Pages:
   def codes(key):
     kind = jnp.int8 if bits == 8 else jnp.uint8
     bounds = (-127, 128) if bits == 8 else (0, 256)
-    return jax.random.randint(key, (pages, page, width), *bounds, jnp.int32
-                              ).astype(kind)
+    return jax.random.randint(
+      key, (pages, page, width), *bounds, jnp.int32
+    ).astype(kind)
 
   scale = [
     jax.random.uniform(k, (pages, page), jnp.float32, 0.01, 0.02)
@@ -299,22 +304,29 @@ def decodes(
     for b in bits:
       count = tokens // page
       pages = pool(KV_HEADS * count, page, b)
-      ids = jnp.arange(KV_HEADS * count, dtype=jnp.int32).reshape(1, KV_HEADS, -1)
+      ids = jnp.arange(KV_HEADS * count, dtype=jnp.int32).reshape(
+        1, KV_HEADS, -1
+      )
       starts = jnp.broadcast_to(
         jnp.arange(count, dtype=jnp.int32) * page, ids.shape
       )
-      calls = max(4, min(32, 4 * 128 * KIB // tokens))
+      calls = 4
 
-      def ours(sizes=None, pages=pages, ids=ids, starts=starts, calls=calls,
-               last=tokens - 1):
+      def ours(
+        sizes=None,
+        pages=pages,
+        ids=ids,
+        starts=starts,
+        calls=calls,
+        last=tokens - 1,
+      ):
         return _decode_call(
           pages, [ids], [starts], last, calls, implementation, sizes
         )
 
       made = {'ours': ours}
       for sizes in variants:
-        name = 'ours ' + ' '.join(f'{n}={x}' for n, x in sizes.items())
-        made[name] = lambda sizes=sizes, ours=ours: ours(sizes)
+        made[_named(sizes)] = lambda sizes=sizes, ours=ours: ours(sizes)
       if b == 16 and peers:
         made |= _decode_peers(pages, tokens, calls)
       yield Case(
@@ -340,11 +352,13 @@ def _decode_peers(pages, tokens, calls) -> dict[str, Callable[[], Call]]:
   def einsum():
     def run(q, k, v):
       x = q.reshape(1, KV_HEADS, -1, HEAD_DIM)
-      s = jnp.einsum('bkgh,bksh->bkgs', x, k,
-                     preferred_element_type=jnp.float32)
+      s = jnp.einsum(
+        'bkgh,bksh->bkgs', x, k, preferred_element_type=jnp.float32
+      )
       p = jax.nn.softmax(s * HEAD_DIM**-0.5).astype(v.dtype)
-      return jnp.einsum('bkgs,bksh->bkgh', p, v,
-                        preferred_element_type=jnp.float32)
+      return jnp.einsum(
+        'bkgs,bksh->bkgh', p, v, preferred_element_type=jnp.float32
+      )
 
     return Call(run, q, (k, v))
 
@@ -352,16 +366,9 @@ def _decode_peers(pages, tokens, calls) -> dict[str, Callable[[], Call]]:
     from jax.experimental.pallas.ops.gpu import decode_attention
 
     def run(q, k, v):
-      return decode_attention.gqa(
-        q[:, 0], k.swapaxes(1, 2), v.swapaxes(1, 2)
-      )
-
-    # gqa wants [B S K H]; the transposed view costs a copy unless laid so.
-    def laid(q, k, v):
       return decode_attention.gqa(q[:, 0], k, v)
 
-    del run
-    return Call(laid, q, (k.swapaxes(1, 2) + 0, v.swapaxes(1, 2) + 0))
+    return Call(run, q, (k.swapaxes(1, 2) + 0, v.swapaxes(1, 2) + 0))
 
   return {'cudnn': cudnn, 'xla einsum': einsum, 'pallas shipped': shipped}
 
@@ -370,7 +377,7 @@ def selections(
   tokens=128 * KIB, chosen=64, implementation=None, variants=()
 ) -> Iterator[Case]:
   """selected_token: a few pages, a few tokens, a batch of sequences."""
-  page, calls = 64, 32
+  page, calls = 64, 8
   rng = np.random.default_rng(0)
   count = tokens // page
   pages = pool(KV_HEADS * count, page, 16)
@@ -393,8 +400,7 @@ def selections(
 
   made = {'ours': some_pages}
   for sizes in variants:
-    name = 'ours ' + ' '.join(f'{n}={x}' for n, x in sizes.items())
-    made[name] = lambda sizes=sizes: some_pages(sizes)
+    made[_named(sizes)] = lambda sizes=sizes: some_pages(sizes)
   yield Case(
     'selected_token',
     f'{chosen} pages of {_label(tokens)}',
@@ -496,7 +502,5 @@ def scores(tokens=128 * KIB) -> Iterator[Case]:
       f'{rows} x {width}, k {k}',
       rows * width * 4,
       'GB/s',
-      {'ours': lambda x=x, k=k: Call(
-        lambda s: selected_token.top_k(s, k), x
-      )},
+      {'ours': lambda x=x, k=k: Call(lambda s: selected_token.top_k(s, k), x)},
     )

@@ -8,6 +8,7 @@ dispatch, and only the last is waited for.
 """
 
 import dataclasses
+import logging
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 
 import jax
 
+_LOG = logging.getLogger(__name__)
 # A sample this long makes one host synchronisation (0.1 ms) negligible.
 SAMPLE_MS = 20.0
 
@@ -26,15 +28,19 @@ class Timing:
   Attributes:
     repeats_ms: one call's milliseconds, a sample each, in order of taking.
     compile_s: seconds to trace and compile.
+    kernel_ms: one call's milliseconds inside kernels, a sample each; empty
+      where the profiler is not to be had. It leaves out the gaps between
+      launches, which a host that is busy otherwise makes long.
   """
 
   repeats_ms: tuple[float, ...]
   compile_s: float
+  kernel_ms: tuple[float, ...] = ()
 
   @property
   def ms(self) -> float:
-    """The median call, in milliseconds."""
-    return statistics.median(self.repeats_ms)
+    """The median call on the device, in milliseconds."""
+    return statistics.median(self.kernel_ms or self.repeats_ms)
 
 
 def compiled(
@@ -51,7 +57,12 @@ def compiled(
 
   @jax.jit
   def program(inputs, shared):
-    return [function(*each, *shared) for each in inputs]
+    outs = []
+    for each in inputs:
+      outs.append(function(*each, *shared))
+      # One after the other: XLA would join products that share an operand.
+      shared, outs[-1] = jax.lax.optimization_barrier((shared, outs[-1]))
+    return outs
 
   begin = time.perf_counter()
   program = program.lower(list(inputs), shared).compile()
@@ -78,7 +89,9 @@ def measure(
     Timing, a call each.
   """
   program, compile_s = compiled(function, inputs, shared)
-  return Timing(sample(program, inputs, shared, repeats), compile_s)
+  samples = sample(program, inputs, shared, repeats)
+  kernels = sample_kernels(program, inputs, shared, repeats)
+  return Timing(samples, compile_s, kernels)
 
 
 def sample(program, inputs, shared, repeats: int) -> tuple[float, ...]:
@@ -98,3 +111,21 @@ def sample(program, inputs, shared, repeats: int) -> tuple[float, ...]:
   run(count)  # warm: clocks, allocator
   calls = count * len(inputs)
   return tuple(run(count) / calls for _ in range(repeats))
+
+
+def sample_kernels(program, inputs, shared, repeats: int) -> tuple[float, ...]:
+  """Milliseconds a call spends in kernels, by CUPTI; () where it is absent."""
+  if jax.default_backend() != 'gpu':
+    return ()
+  try:
+    from jax.experimental.mosaic.gpu import profiler
+
+    run = profiler.Cupti().measure(program, aggregate=True, iterations=repeats)
+    _, times = run(list(inputs), shared)
+  except (ImportError, AttributeError, RuntimeError) as error:
+    _LOG.warning('kernel times are not to be had: %s', error)
+    return ()
+  if times is None:
+    return ()
+  times = times if isinstance(times, list) else [times]
+  return tuple(float(x) / len(inputs) for x in times)

@@ -163,9 +163,10 @@ def _add_listed(plan, blocks, gap0, gap1, tile_k):
     hit = jnp.any(used & (ids == block[..., None]), axis=-1)
     hit &= e < plan.n_masked
     listed |= hit.astype(jnp.int32) << e
-  count = lambda x: jnp.sum(x, axis=-1, dtype=jnp.int32)
   return plan._replace(
-    list0=count(left), n_list=count(inside) * parts, listed=listed
+    list0=jnp.sum(left, axis=-1, dtype=jnp.int32),
+    n_list=jnp.sum(inside, axis=-1, dtype=jnp.int32) * parts,
+    listed=listed,
   )
 
 

@@ -33,15 +33,14 @@ def plan_tiles(first, stop, tile_k: int) -> mosaic_gpu.Plan:
   Returns:
     Plan with fields int32 [B 1 Tp / TILE_Q].
   """
-  tile = lambda x: x.reshape(x.shape[0], 1, -1, TILE_Q)
-  first, stop = tile(first), tile(stop)
+  first = first.reshape(first.shape[0], 1, -1, TILE_Q)
+  stop = stop.reshape(first.shape)
   some = stop > 0  # an empty row bounds nothing
-  reduce = lambda op, x, none: op(jnp.where(some, x, none), axis=-1)
-  begin = reduce(jnp.min, first, NEVER) // tile_k
-  end = -(-reduce(jnp.max, stop, 0) // tile_k)
+  begin = jnp.min(jnp.where(some, first, NEVER), axis=-1) // tile_k
+  end = -(-jnp.max(stop, axis=-1) // tile_k)
   begin = jnp.minimum(begin, end)
-  full0 = -(-reduce(jnp.max, first, 0) // tile_k)
-  full1 = reduce(jnp.min, stop, NEVER) // tile_k
+  full0 = -(-jnp.max(jnp.where(some, first, 0), axis=-1) // tile_k)
+  full1 = jnp.min(jnp.where(some, stop, NEVER), axis=-1) // tile_k
   full0 = jnp.clip(full0, begin, end)
   full1 = jnp.clip(full1, full0, end)
   zero = jnp.zeros_like(begin)

@@ -12,11 +12,13 @@ zeros multiply the scores and the weights, not the keys and values:
 """
 
 import dataclasses
+import functools
+
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from kernels_pallas import dispatch, mosaic_gpu
@@ -24,13 +26,16 @@ from kernels_pallas.keys import Pages
 from kernels_pallas.mosaic_gpu import LOG2E, ROW, ROWS, across, tiled
 from kernels_pallas.partial import Partial, merge_axis
 
-KEYS = 64  # keys of a tile: one 64-token page, four of 16, half of one of 128
 SPREAD4 = 128.0  # what `_spread4` adds to every code
 COLUMN = plgpu.Layout.WGMMA.reduce(0)  # one number a key
 UNUSED = 2**30  # a page that starts there is never visible
-PROGRAMS_PER_CHIP = 264  # two for each of 132 multiprocessors
-# Shared memory of one program when two share the 228 KiB of a multiprocessor.
-PROGRAM_BYTES = 112 * 1024
+# Programs for each of 132 multiprocessors, and the shared memory of one (of
+# 227 KiB together). Reading 16-bit pages is bound by bytes: one program with
+# a deep ring reaches 2% more than two. Codes cost instructions: two programs
+# hide each other's latency.
+PROGRAMS = {16: 1, 8: 2, 4: 2}
+MULTIPROCESSORS = 132
+SHARED_BYTES = 224 * 1024
 # Lists longer than this many tiles a split are cut at their used length, which
 # costs a small launch; shorter ones are cut at their width.
 LONG_SPLIT = 8
@@ -44,12 +49,16 @@ class DecodeSizes:
     stages: tiles of keys and values in flight a program; 0: as many as leave
       room for a second program on the multiprocessor.
     splits: programs a (row, kv head); 0: as many as fill the chip.
+    keys: of a tile, 64 or 128: a page of that size, several smaller ones, or a
+      part of a larger one.
   """
 
   stages: int = 0
   splits: int = 0
+  keys: int = 64
 
 
+GATHERED = 128  # tokens of a page that `attend_tokens` gathers: whole tiles
 # What a tile brings along: with the keys, and with the values.
 K_PARTS = {'k', 'k_scale', 'k_zero', 'position'}
 V_PARTS = {'v', 'v_scale', 'v_zero'}
@@ -134,25 +143,25 @@ def attend_tokens(
   """
   if reason := refuse('attend_tokens', q, pages):
     raise NotImplementedError(reason)
-  b, kv, width = rows.shape
+  b, kv, _ = rows.shape
+  rows = mosaic_gpu.pad_to(rows + 1, 2, GATHERED) - 1
+  positions = mosaic_gpu.pad_to(positions, 2, GATHERED)
   positions = jnp.where(rows < 0, UNUSED, positions)
-  pad = ((0, 0), (0, 0), (0, -width % KEYS))
-  rows = jnp.pad(jnp.maximum(rows, 0), pad)
-  positions = jnp.pad(positions, pad, constant_values=UNUSED)
+  rows = jnp.maximum(rows, 0)
 
   def gather(x):
     if x is None:
       return None
     flat = x.reshape(-1, *x.shape[2:])
-    return flat[rows].reshape(-1, KEYS, *x.shape[2:])
+    return flat[rows].reshape(-1, GATHERED, *x.shape[2:])
 
-  ids = jnp.arange(rows.size // KEYS, dtype=jnp.int32).reshape(b, kv, -1)
+  ids = jnp.arange(rows.size // GATHERED, dtype=jnp.int32).reshape(b, kv, -1)
   return _attend(
     q,
     jax.tree.map(gather, pages),
     ids,
     jnp.zeros_like(ids),
-    positions.reshape(-1, KEYS),
+    positions.reshape(-1, GATHERED),
     q_positions,
     sink,
     window,
@@ -170,25 +179,26 @@ def _attend(
   group = n // kv
   # Rows: the queries of one kv head, padded to whole wgmmas.
   rows = q.reshape(b, t, kv, group, h).transpose(0, 2, 1, 3, 4)
-  rows = mosaic_gpu.pad_to(rows.reshape(b, kv, t * group, h), 2, 8)
+  rows = rows.reshape(b, kv, t * group, h)
+  if t * group > 8:  # TMA takes fewer than 8 rows, or whole groups of 8
+    rows = mosaic_gpu.pad_to(rows, 2, 8)
   blocks = -(-t * group // ROWS)
-  # The list, padded to whole tiles; a skipped page is seen by no query.
-  short = -ids.shape[2] % max(KEYS // pages.page, 1)
-  starts = jnp.where(ids < 0, UNUSED, starts)
-  ids = jnp.pad(ids, ((0, 0), (0, 0), (0, short)))
-  starts = jnp.pad(
-    starts, ((0, 0), (0, 0), (0, short)), constant_values=UNUSED
-  )
-  tiles = ids.shape[2] * pages.page // KEYS
-  splits = sizes.splits or max(1, PROGRAMS_PER_CHIP // (b * kv * blocks))
+  # The list, padded to whole tiles of pages to skip.
+  keys = sizes.keys
+  ids = mosaic_gpu.pad_to(ids + 1, 2, max(keys // pages.page, 1)) - 1
+  starts = mosaic_gpu.pad_to(starts, 2, max(keys // pages.page, 1))
+  tiles = ids.shape[2] * pages.page // keys
+  programs = MULTIPROCESSORS * PROGRAMS[pages.bits]
+  splits = sizes.splits or max(1, programs // (b * kv * blocks))
   splits = min(splits, tiles)
-  used = jnp.full((b, kv), tiles, jnp.int32)
+  used = None
   if tiles > splits * LONG_SPLIT:
     place = jnp.arange(1, ids.shape[2] + 1, dtype=jnp.int32)
-    last = jnp.max(jnp.where(starts < UNUSED, place, 0), axis=-1)
-    used = -(-last * pages.page // KEYS)
+    used = jnp.max(jnp.where(ids >= 0, place, 0), axis=-1)
   if pages.bits == 4:
-    rows = rows[..., _spread_order(h)]
+    # Step i of `_spread4` takes the channels i and i + 4 of every 8.
+    rows = rows.reshape(b, kv, -1, h // 8, 2, 4)
+    rows = rows.transpose(0, 1, 2, 5, 3, 4).reshape(b, kv, -1, h)
   out, lse = _decode(
     rows,
     pages,
@@ -202,33 +212,43 @@ def _attend(
     group=group,
     scale=scale,
     splits=splits,
-    stages=sizes.stages or _default_stages(h, pages),
+    keys=keys,
+    stages=sizes.stages or _default_stages(h, pages, keys),
   )
-  part = merge_axis(Partial(out, lse), axis=2)
+  part = _merge_splits(out, lse)
   out, lse = part.out[:, :, : t * group], part.lse[:, :, : t * group]
   if pages.bits == 4:
-    out = out[..., jnp.argsort(_spread_order(h))]
+    out = out.reshape(b, kv, -1, 4, h // 8, 2).transpose(0, 1, 2, 4, 5, 3)
   out = out.reshape(b, kv, t, group, h).transpose(0, 2, 1, 3, 4)
   lse = lse.reshape(b, kv, t, group).transpose(0, 2, 1, 3)
   return Partial(out.reshape(b, t, n, h), lse.reshape(b, t, n))
 
 
-def _default_stages(h: int, pages: Pages) -> int:
-  fixed = ROWS * h * 2 * (1 if pages.bits == 16 else 3)
-  stage = KEYS * h * pages.bits // 4 + (0 if pages.bits == 16 else 16 * KEYS)
-  return max(2, min(8, (PROGRAM_BYTES - fixed) // stage))
+def _merge_splits(out, lse) -> Partial:
+  """The exact merge over axis 2, as one loop over elements.
 
-
-def _spread_order(h: int):
-  """Channel that each column holds after `_spread4`.
-
-  A 32-bit word c holds channels 8 c .. 8 c + 7, lowest first; step i takes the
-  nibbles i and i + 4 of every word.
+  Written as sums of slices: XLA turns a reduction over so few elements into
+  three kernels, which cost as much as the attention of a short list.
   """
-  step, word, half = jnp.meshgrid(
-    jnp.arange(4), jnp.arange(h // 8), jnp.arange(2), indexing='ij'
-  )
-  return (8 * word + step + 4 * half).reshape(-1)
+  if out.shape[2] > 32:
+    return merge_axis(Partial(out, lse), axis=2)
+  parts = [lse[:, :, i] for i in range(out.shape[2])]
+  top = functools.reduce(jnp.maximum, parts)
+  top = jnp.where(jnp.isfinite(top), top, 0.0)
+  weights = [jnp.exp(x - top) for x in parts]
+  total = sum(weights)
+  safe = jnp.where(total > 0, total, 1.0)
+  merged = sum(w[..., None] * out[:, :, i] for i, w in enumerate(weights))
+  return Partial(merged / safe[..., None], jnp.log(total) + top)
+
+
+def _default_stages(h: int, pages: Pages, keys: int) -> int:
+  spread = 0 if pages.bits == 16 else 2 * keys
+  scales = {16: 0, 8: 8, 4: 16}[pages.bits] * keys
+  fixed = 2 * h * (ROWS + spread)
+  stage = keys * h * pages.bits // 4 + scales
+  room = SHARED_BYTES // PROGRAMS[pages.bits] - fixed
+  return max(2, min(8, room // stage))
 
 
 def _spread4(words, which, slot):
@@ -241,10 +261,8 @@ def _spread4(words, which, slot):
   width = word.shape[1]
   for i in range(4):
     nibbles = lax.shift_right_logical(word, jnp.int32(4 * i))
-    spread[which][:, i * width : (i + 1) * width] = (
-      lax.bitwise_or(
-        lax.bitwise_and(nibbles, jnp.int32(0x000F000F)), jnp.int32(0x43004300)
-      )
+    spread[which][:, i * width : (i + 1) * width] = lax.bitwise_or(
+      lax.bitwise_and(nibbles, jnp.int32(0x000F000F)), jnp.int32(0x43004300)
     )
 
 
@@ -262,6 +280,7 @@ def _decode(
   group,
   scale,
   splits,
+  keys,
   stages,
 ):
   """Partials of every split.
@@ -269,9 +288,9 @@ def _decode(
   Args:
     rows: [B K R H] queries, T * G padded to whole groups of 8.
     pages: the pool.
-    ids: int32 [B K W], none negative, W * page a multiple of KEYS.
-    starts: int32 [B K W], UNUSED where a page is skipped.
-    used: int32 [B K] tiles of each list.
+    ids: int32 [B K W], W * page a multiple of `keys`; -1: skipped.
+    starts: int32 [B K W].
+    used: int32 [B K] entries of each list, or None: all.
     positions: int32 [P page] of single tokens, or None: starts + slot.
     q_positions: int32 [B T].
     sink: int32 [K] or None.
@@ -279,6 +298,7 @@ def _decode(
     group: query heads a kv head.
     scale: of the scores.
     splits: programs a (row, kv head).
+    keys: of a tile.
     stages: tiles in flight.
 
   Returns:
@@ -291,28 +311,19 @@ def _decode(
   factor = scale * LOG2E
   bits = pages.bits
   page = pages.page
-  joined = max(KEYS // page, 1)  # pages of a tile
-  cut = max(page // KEYS, 1)  # tiles of a page
-  span = min(page, KEYS)  # keys of one copy
+  joined = max(keys // page, 1)  # pages of a tile
+  cut = max(page // keys, 1)  # tiles of a page
+  span = min(page, keys)  # keys of one copy
   pool = {x.name: getattr(pages, x.name) for x in dataclasses.fields(pages)}
   pool['position'] = positions
   pool = {name: x for name, x in pool.items() if x is not None}
-  # Position of each row's query; padding sees nothing.
-  position = jnp.repeat(q_positions, group, axis=1)
-  short = blocks * ROWS - position.shape[1]
-  position = jnp.pad(position, ((0, 0), (0, short)), constant_values=-1)
-  operands = [rows, ids, starts, used, position]
-  if sink is not None:
-    operands += [sink, window]
-  if bits == 4:
-    q_sum = jnp.sum(rows.astype(jnp.float32), axis=-1)
-    operands.append(
-      jnp.pad(q_sum, ((0, 0), (0, 0), (0, blocks * ROWS - r)))
-    )
+  queries = q_positions.shape[1]
+  operands = {'q': rows, 'ids': ids, 'starts': starts, 'at': q_positions}
+  operands |= {'used': used, 'sink': sink, 'window': window}
+  operands = {name: x for name, x in operands.items() if x is not None}
 
   def kernel(*refs):
-    q_ref, ids_ref, starts_ref, used_ref, position_ref = refs[:5]
-    pool_refs = dict(zip(pool, refs[len(operands) :]))
+    given = dict(zip([*operands, *pool], refs))
     out_ref, lse_ref, barriers, memory = refs[-4:]
     (q_smem, ring, spread), words, (out_smem, lse_smem) = memory
     b_at = lax.axis_index('batch')
@@ -321,25 +332,31 @@ def _decode(
     split = lax.axis_index('splits')
     q_full, k_full, v_full = barriers
 
-    n_used = used_ref[b_at, head]
+    n_used = jnp.int32(ids.shape[2] * page // keys)
+    if used is not None:
+      # In whole tiles.
+      tokens = given['used'][b_at, head] * page
+      n_used = lax.div(tokens + (keys - 1), jnp.int32(keys))
     begin = lax.div(split * n_used, jnp.int32(splits))
     end = lax.div((split + 1) * n_used, jnp.int32(splits))
     count = end - begin
 
-    def pages_of(tile, ref):
+    def pages_of(tile, name):
       """The list's entries of one tile."""
+      ref = given[name]
       if cut > 1:
         return [ref[b_at, head, lax.div(tile, jnp.int32(cut))]]
       return [ref[b_at, head, tile * joined + i] for i in range(joined)]
 
     def copy(tile, ids_now, slot, names, barrier):
-      offset = lax.rem(tile, jnp.int32(cut)) * KEYS if cut > 1 else 0
+      # A skipped page is read as page 0, and masked.
+      offset = lax.rem(tile, jnp.int32(cut)) * keys if cut > 1 else 0
       for i, id_now in enumerate(ids_now):
-        source = (id_now, pl.ds(offset, span))
+        source = (jnp.maximum(id_now, 0), pl.ds(offset, span))
         target = (slot, pl.ds(i * span, span))
         for name in names & pool.keys():
           plgpu.copy_gmem_to_smem(
-            pool_refs[name].at[source],
+            given[name].at[source],
             ring[name].at[target],
             barrier.at[slot],
           )
@@ -348,30 +365,31 @@ def _decode(
 
       @pl.when(s < count)
       def _(s=s):
-        ids_now = pages_of(begin + s, ids_ref)
+        ids_now = pages_of(begin + s, 'ids')
         copy(begin + s, ids_now, s, K_PARTS, k_full)
         copy(begin + s, ids_now, s, V_PARTS, v_full)
 
     plgpu.copy_gmem_to_smem(
-      q_ref.at[b_at, head, pl.ds(block * ROWS, ROWS)], q_smem, q_full
+      given['q'].at[b_at, head, pl.ds(block * ROWS, ROWS)], q_smem, q_full
     )
-    own_rows = pl.ds(block * ROWS, ROWS)
-    p_row = plgpu.load(
-      position_ref.at[b_at, own_rows], layout=ROW, optimized=False
+    # Position of each row's query; rows past the last are dropped in the end.
+    row = block * ROWS + plgpu.broadcasted_iota(
+      jnp.int32, (ROWS,), 0, layout=ROW
     )
-    if bits == 4:
-      q_sum = plgpu.load(
-        refs[len(operands) - 1].at[b_at, head, own_rows],
-        layout=ROW,
-        optimized=False,
-      )
+    # From the rows' numbers even for one query: on a constant the compiler's
+    # search for layouts takes minutes.
+    p_row = row
+    for i in range(queries):
+      p_row = jnp.where(row >= i * group, given['at'][b_at, i], p_row)
     if sink is not None:
-      sink_ref, window_ref = refs[5:7]
-      sink_now, window_now = sink_ref[head], window_ref[head]
+      sink_now, window_now = given['sink'][head], given['window'][head]
     plgpu.barrier_wait(q_full)
+    if bits == 4:
+      q_sum = plgpu.load(q_smem, layout=plgpu.Layout.WGMMA)
+      q_sum = q_sum.astype(jnp.float32).sum(axis=1)
 
     def along(columns):
-      return lax.broadcast_in_dim(columns, (ROWS, KEYS), (1,))
+      return lax.broadcast_in_dim(columns, (ROWS, keys), (1,))
 
     def mask(scores, starts_now, offset, slot):
       column = plgpu.broadcasted_iota(
@@ -395,10 +413,11 @@ def _decode(
       tile = begin + e
       slot = lax.rem(e, jnp.int32(stages))
       # Scalars first: their latency hides behind the wait for the keys.
-      starts_now = pages_of(tile, starts_ref)
+      entries = zip(pages_of(tile, 'ids'), pages_of(tile, 'starts'))
+      starts_now = [jnp.where(i < 0, UNUSED, start) for i, start in entries]
       ahead = jnp.minimum(e + stages, count - 1)
-      ids_next = pages_of(begin + ahead, ids_ref)
-      offset = lax.rem(tile, jnp.int32(cut)) * KEYS if cut > 1 else 0
+      ids_next = pages_of(begin + ahead, 'ids')
+      offset = lax.rem(tile, jnp.int32(cut)) * keys if cut > 1 else 0
 
       def refill(names, barrier):
         @pl.when(e + stages < count)
@@ -410,7 +429,9 @@ def _decode(
         if bits == 16:
           return ring['kv'[which]].at[slot]
         if bits == 8:
-          codes = ring['kv'[which]].at[slot][...]
+          codes = plgpu.load(
+            ring['kv'[which]].at[slot], layout=plgpu.Layout.WGMMA_UPCAST_2X
+          )
           spread[which][...] = codes.astype(dtype)
         else:
           _spread4(words, which, slot)
@@ -418,14 +439,14 @@ def _decode(
         return spread[which]
 
       plgpu.barrier_wait(k_full.at[slot])
-      keys = matrix(0)
+      key_tile = matrix(0)
 
       def compute_scores(s_ref):
-        plgpu.wgmma(s_ref, q_smem, keys.transpose((1, 0)))
+        plgpu.wgmma(s_ref, q_smem, key_tile.transpose((1, 0)))
         return s_ref[...]
 
       scores = pl.run_scoped(
-        compute_scores, plgpu.ACC((ROWS, KEYS), jnp.float32)
+        compute_scores, plgpu.ACC((ROWS, keys), jnp.float32)
       )
       if bits < 16:
         k_scale = along(plgpu.load(ring['k_scale'].at[slot], layout=COLUMN))
@@ -445,7 +466,9 @@ def _decode(
         p *= along(plgpu.load(ring['v_scale'].at[slot], layout=COLUMN))
       weights = p.astype(dtype)
       if bits == 4:
-        # The rounded weights, so that the zeros cancel what they entered.
+        # The rounded weights, so that the zeros cancel exactly what the codes'
+        # offsets entered. (A split in float32 would be cheaper, but contracts
+        # to the unrounded weights.)
         v_zero = along(plgpu.load(ring['v_zero'].at[slot], layout=COLUMN))
         moved = weights.astype(jnp.float32) * (v_zero + SPREAD4)
         offsets = offsets * decay + moved.sum(axis=1)
@@ -487,10 +510,10 @@ def _decode(
 
   def stage(x, as_words=False):
     if x.ndim == 2:
-      return plgpu.SMEM((stages, KEYS), x.dtype)
+      return plgpu.SMEM((stages, keys), x.dtype)
     if as_words:
-      return tiled((stages, KEYS, x.shape[2] // 4), jnp.int32)
-    return tiled((stages, KEYS, x.shape[2]), x.dtype)
+      return tiled((stages, keys, x.shape[2] // 4), jnp.int32)
+    return tiled((stages, keys, x.shape[2]), x.dtype)
 
   # Each step of `_spread4` writes one swizzled row of h / 4 bfloat16 numbers.
   swizzle = h // 2 if bits == 4 else 128
@@ -514,7 +537,7 @@ def _decode(
         (
           tiled((ROWS, h), dtype, swizzle),
           {name: stage(x) for name, x in pool.items()},
-          () if bits == 16 else (tiled((KEYS, h), dtype, swizzle),) * 2,
+          () if bits == 16 else (tiled((keys, h), dtype, swizzle),) * 2,
         ),
         # int4 pages and their spread codes, as words.
         ()
@@ -522,7 +545,7 @@ def _decode(
         else (
           tiled((ROWS, h), dtype, swizzle),
           {name: stage(x, as_words=True) for name, x in pool.items()},
-          (tiled((KEYS, h // 2), jnp.int32, swizzle),) * 2,
+          (tiled((keys, h // 2), jnp.int32, swizzle),) * 2,
         ),
         (
           plgpu.SMEM((ROWS, h), jnp.float32),
@@ -533,5 +556,5 @@ def _decode(
     grid=(b, splits, kv * blocks),
     grid_names=('batch', 'splits', 'heads'),
     compiler_params=plgpu.CompilerParams(approx_math=True),
-  )(*operands, *pool.values())
+  )(*operands.values(), *pool.values())
   return out, lse[..., :width]
