@@ -11,10 +11,15 @@ Scores are kept transposed, keys on sublanes and queries on lanes:
   s = k q^T [keys, rows]     acc += v^T p [H, rows]
 
 so that the softmax's max and sum run along sublanes, on the VPU, and the
-running max and sum are lane vectors; reductions along lanes, on the XLU, are
-what a row-major tile waits for. (Splitting the tile into independent parts of
-128 or 256 queries spills less, but the compiler runs the parts one after the
-other: 1.6 to 1.8 times the bundles on v5e and v6e.)
+running max and sum are lane vectors, as are each row's bounds.
+
+Bundles of an unmasked and a masked 512 x 512 block by the compiler's schedule
+(experiments/results/tpu_schedule.jsonl; JAX's splash attention takes 1050 on
+v5e, 680 on v6e): 1268 and 1377 on v5e, 894 and 965 on v6e. Tried: row-major
+scores as in splash, 1148 and 1639, 924 and 1084; independent parts of 128 or
+256 queries, which the compiler runs one after the other, 1.6 to 1.8 times as
+many. What is missing to splash is overlap of a block's softmax with its own
+matmuls.
 
 FLOPs: 4 block_q block_k H a visit. Bytes: 2 block_k H itemsize a visit, so the
 intensity is block_q FLOPs a byte (bfloat16): 512 rows keep a v5e or v6e busy.
