@@ -199,6 +199,7 @@ class Bench:
 
     from lcx.engine import steps
     from lcx.engine.engine import Session
+    from lcx.methods.base import Tail
 
     caches, states = engine._empty()
     dims = (1, _CHUNK, self.model.n_kv_heads, self.model.head_dim)
@@ -226,6 +227,7 @@ class Bench:
       tuple(states),
       lengths,
       scores,
+      Tail(engine._rows(np.zeros((1,), np.int32)), lengths),
       (),
       np.array([length]),
       {},

@@ -15,7 +15,7 @@ from lcx.cache.base import ROWS
 from lcx.engine import steps
 from lcx.engine.buckets import bucket
 from lcx.engine.sampling import Sampling, make_sampling
-from lcx.methods.base import Layout, Method, Prompt
+from lcx.methods.base import Layout, Method, Prompt, Tail
 from lcx.models.config import ModelConfig
 from lcx.models.transformer import Weights, weight_specs
 
@@ -32,6 +32,7 @@ class Session:
     states: one a layer.
     lengths: int32 [B] tokens in the cache.
     scores: float32 [B V] logits of the next token.
+    tail: where new tokens go.
     used: what each cache holds, at a `mark`; () in a live session.
     prompt_lengths: int [B] of what the prefill read.
     sums: what attention did since the prefill, by name, float [B].
@@ -42,6 +43,7 @@ class Session:
   states: tuple
   lengths: jax.Array
   scores: jax.Array
+  tail: Tail
   used: tuple
   prompt_lengths: np.ndarray
   sums: dict[str, np.ndarray]
@@ -144,7 +146,7 @@ class Engine:
 
   def _scalar(self, value: int):
     return jax.device_put(
-      jnp.int32(value),
+      np.int32(value),
       jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec()),
     )
 
@@ -211,6 +213,7 @@ class Engine:
     )
     read = np.max(source, axis=1) + 1
     last = np.argmax(source == read[:, None] - 1, axis=1).astype(np.int32)
+    tail = jax.tree.map(self._rows, self._tail(source, last, read))
     lengths = self._rows(read.astype(np.int32))
     positions = self._rows(positions, 'seq')
     source = self._rows(source, 'seq')
@@ -249,12 +252,20 @@ class Engine:
     sums = jax.tree.map(lambda *s: np.sum([np.asarray(a) for a in s], 0), *sums)
     zeros = jax.tree.map(np.zeros_like, sums)
     session = Session(
-      tuple(caches), tuple(states), lengths, scores, (), read, zeros, sums
+      tuple(caches), tuple(states), lengths, scores, tail, (), read, zeros, sums
     )
     rest = [w[n:] for w, n in zip(wholes, read, strict=True)]
     if any(len(r) for r in rest):
       self.extend(session, rest)
     return session
+
+  def _tail(self, source, last, read) -> Tail:
+    """The seq shard of each row's last token, and where its page ends."""
+    part = source.shape[1] // self.mesh.shape['seq']
+    shard = last // part
+    own = (source >= 0) & (np.arange(source.shape[1]) // part == shard[:, None])
+    free = -np.sum(own, axis=1) % self.method.cache.page
+    return Tail(shard.astype(np.int32), (read + free).astype(np.int32))
 
   def extend(self, session: Session, tokens: list[np.ndarray]) -> None:
     """Feeds more tokens a row through the decode path, in pieces.
@@ -286,6 +297,7 @@ class Engine:
         session.states,
         self._rows(part),
         session.lengths,
+        session.tail,
         fed,
         self._scalar(first),
         donate=(1, 2),
@@ -324,6 +336,7 @@ class Engine:
         session.states,
         session.scores,
         session.lengths,
+        session.tail,
         done,
         sampling,
         self._scalar(min(DECODE_ROOM, n - first)),
@@ -353,6 +366,7 @@ class Engine:
       copy(session.states),
       jnp.copy(session.lengths),
       jnp.copy(session.scores),
+      session.tail,
       session.used or copy(tuple(c.used for c in session.caches)),
       session.prompt_lengths,
       {k: v.copy() for k, v in session.sums.items()},

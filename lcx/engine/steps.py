@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int32
 
 from lcx.engine.sampling import Sampling, sample, stops
-from lcx.methods.base import Axes, Context, Method, Trace
+from lcx.methods.base import Axes, Context, Method, Tail, Trace
 from lcx.models.config import ModelConfig
 from lcx.models.transformer import (
   Weights,
@@ -173,6 +173,7 @@ def _few_tokens_layer(
   cache: Any,
   state: Any,
   lengths: Int32[Array, 'B'],
+  tail: Tail,
   count: Int32[Array, 'B'],
   layer: Int32[Array, ''],
   seed: Int32[Array, ''],
@@ -183,13 +184,14 @@ def _few_tokens_layer(
   rope = make_rope(plan.config)
   steps = jnp.arange(x.shape[1], dtype=jnp.int32)
 
-  def attend(q, k, v, cache, state, lengths, count, layer, seed):
+  def attend(q, k, v, cache, state, lengths, tail, count, layer, seed):
     positions = lengths[:, None] + steps
     ctx = plan.context(
       positions=positions,
       source=positions,
       valid=steps < count[:, None],
       lengths=lengths + count,
+      tail=tail,
       layer=layer,
       key=jax.random.fold_in(jax.random.key(seed), layer),
     )
@@ -203,9 +205,10 @@ def _few_tokens_layer(
   q, k, v = attention_inputs(layer_weights, x, plan.config)
   out, cache, state, sums = plan.sharded(
     attend,
-    (heads, heads, heads, cache_specs, state_specs, _ROWS, _ROWS, P(), P()),
+    (heads, heads, heads, cache_specs, state_specs)
+    + (_ROWS, _ROWS, _ROWS, P(), P()),
     (heads, cache_specs, state_specs, _ROWS),
-  )(q, k, v, cache, state, lengths, count, layer, seed)
+  )(q, k, v, cache, state, lengths, tail, count, layer, seed)
   return layer_output(layer_weights, x, out, plan.config), cache, state, sums
 
 
@@ -216,6 +219,7 @@ def few_tokens(
   states: tuple,
   tokens: Int32[Array, 'B T'],
   lengths: Int32[Array, 'B'],
+  tail: Tail,
   count: Int32[Array, 'B'],
   seed: Int32[Array, ''],
   *,
@@ -229,6 +233,7 @@ def few_tokens(
     states: one a layer.
     tokens: padded with anything beyond `count`.
     lengths: tokens already in the cache, a row.
+    tail: where new tokens go.
     count: valid tokens of this call, 0 to T a row.
     seed: of this call.
     plan: static.
@@ -245,6 +250,7 @@ def few_tokens(
       caches[i],
       states[i],
       lengths,
+      tail,
       count,
       jnp.int32(i),
       seed,
@@ -264,6 +270,7 @@ def decode_loop(
   states: tuple,
   scores: Float[Array, 'B V'],
   lengths: Int32[Array, 'B'],
+  tail: Tail,
   done: Bool[Array, 'B'],
   sampling: Sampling,
   n: Int32[Array, ''],
@@ -297,6 +304,7 @@ def decode_loop(
       states,
       jnp.maximum(chosen, 0)[:, None],
       lengths,
+      tail,
       count,
       i,
       plan=plan,
@@ -325,6 +333,7 @@ def decode_loop(
       states,
       jnp.zeros((batch, 1), jnp.int32),
       lengths,
+      tail,
       jnp.ones((batch,), jnp.int32),
       jnp.int32(0),
       plan=plan,

@@ -305,7 +305,8 @@ class ApbPrefill(Prefill):
     if size > 1:
       x = jax.lax.all_gather(x, ctx.axes.seq, axis=1, tiled=True)
     inverse = np.argsort(self._hosts_in_order(size).reshape(-1))
-    return x if np.all(inverse == np.arange(self.hosts)) else x[:, inverse]
+    # In zigzag order, devices hold hosts from both ends.
+    return x if self.order == 'contiguous' else x[:, inverse]
 
   def _roll(self, x, host, batch: int, passing: int):
     """[B H n ...] to [E H n ...]: earlier hosts' blocks stand last."""

@@ -88,6 +88,21 @@ class Axes:
   model: str = dataclasses.field(default='model', metadata={'static': True})
 
 
+class Tail(NamedTuple):
+  """Where a row's next tokens go, on a mesh that shards the sequence.
+
+  They fill the page that the prompt's last token lies in, so that pages are the
+  same as on one device; what comes after it goes to the last shard.
+
+  Attributes:
+    shard: int32 [B] the seq shard that holds that page.
+    until: int32 [B] position after the page's last slot.
+  """
+
+  shard: Int32[Array, 'B']
+  until: Int32[Array, 'B']
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
@@ -101,6 +116,7 @@ class Context:
       padding excluded.
     layer: int32 [] index of the layer, traced.
     key: PRNG key of this layer and step.
+    tail: where new tokens go; None in prefill.
     n_layers: static.
     room: static; padded tokens of the prompt over all shards; 0 in decode.
     sliding_window: static; the model's own window, or None. It intersects
@@ -115,6 +131,7 @@ class Context:
   lengths: Int32[Array, 'B']
   layer: Int32[Array, '']
   key: PRNGKeyArray
+  tail: Tail | None = None
   n_layers: int = dataclasses.field(default=1, metadata={'static': True})
   room: int = dataclasses.field(default=0, metadata={'static': True})
   sliding_window: int | None = dataclasses.field(
@@ -167,6 +184,11 @@ class Part:
 
   def at_full_budget(self, length: int) -> 'Part | None':
     """This part with budgets that reach `length` tokens; None: never exact."""
+    del length
+    return self
+
+  def at_tight_budget(self, length: int) -> 'Part':
+    """This part with budgets so far below `length` that it must leave out."""
     del length
     return self
 
@@ -287,3 +309,11 @@ class Method:
     if any(p is None for p in parts):
       return None
     return Method(self.name, *parts)
+
+  def at_tight_budget(self, length: int) -> 'Method':
+    """The same method with budgets far below `length`, where it has any."""
+    return dataclasses.replace(
+      self,
+      prefill=self.prefill.at_tight_budget(length),
+      decode=self.decode.at_tight_budget(length),
+    )

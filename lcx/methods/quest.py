@@ -43,6 +43,12 @@ class QuestDecode(Decode):
   def at_full_budget(self, length: int) -> 'QuestDecode':
     return dataclasses.replace(self, budget=2 * length + 4096)
 
+  def at_tight_budget(self, length: int) -> 'QuestDecode':
+    budget = max(length // 4, 64)
+    return dataclasses.replace(
+      self, budget=budget, sink=4, recent=budget // 4, dense_layers=0
+    )
+
   def check(self, config, capacity: int) -> None:
     if self.budget < self.sink + self.recent:
       raise ValueError(

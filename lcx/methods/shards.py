@@ -1,7 +1,8 @@
 """What every method does alike: store, gather, merge over sequence shards.
 
-New tokens of decode live on the last sequence shard (as in APB and Star
-Attention); prompt tokens live where the prefill's layout put them.
+Prompt tokens live where the prefill's layout put them. New tokens of decode
+fill the prompt's last page, then live on the last sequence shard (as in APB and
+Star Attention).
 """
 
 import jax
@@ -28,12 +29,21 @@ def store(cache, k, rotated, v, ctx: Context):
 
 
 def append(cache, k, rotated, v, ctx: Context):
-  """Appends decoded tokens on the last sequence shard alone."""
-  size = jax.lax.axis_size(ctx.axes.seq)
-  last = jax.lax.axis_index(ctx.axes.seq) == size - 1
+  """Appends decoded tokens, each on the one sequence shard it belongs to."""
   keys = rotated if cache.rotated else k
-  count = jnp.where(last, ctx.count, 0) if size > 1 else ctx.count
-  return cache.append(keys, v, ctx.positions, count)
+  size = jax.lax.axis_size(ctx.axes.seq)
+  if size == 1:
+    return cache.append(keys, v, ctx.positions, ctx.count)
+  me = jax.lax.axis_index(ctx.axes.seq)
+  fill = jnp.clip(ctx.tail.until - ctx.positions[:, 0], 0, ctx.count)
+  spill = jnp.where(me == size - 1, ctx.count - fill, 0)
+  filling = ctx.tail.shard == me
+  first = jnp.where(filling, 0, fill)
+  count = jnp.where(filling, fill, 0) + spill
+  own = jax.vmap(lambda x, n: jnp.roll(x, -n, axis=0))
+  return cache.append(
+    own(keys, first), own(v, first), own(ctx.positions, first), count
+  )
 
 
 def gather_sequence(

@@ -37,6 +37,9 @@ class StreamingPrefill(Prefill):
   sink: int = SINK
   recent: int = RECENT
 
+  def at_tight_budget(self, length: int) -> 'StreamingPrefill':
+    return dataclasses.replace(self, recent=max(length // 4, 1))
+
   def at_full_budget(self, length: int) -> 'StreamingPrefill':
     del length
     return dataclasses.replace(self, recent=EVERYTHING)
@@ -73,6 +76,9 @@ class StreamingDecode(Decode):
   recent: int = RECENT
 
   needs = frozenset({'recent_tokens', 'rotated'})
+
+  def at_tight_budget(self, length: int) -> 'StreamingDecode':
+    return dataclasses.replace(self, recent=max(length // 4, 1))
 
   def at_full_budget(self, length: int) -> 'StreamingDecode':
     del length

@@ -13,7 +13,7 @@ import pytest
 from lcx import methods, sharding
 from lcx.cache import CacheShape
 from lcx.engine import Engine, make_sampling, steps
-from lcx.methods.base import Prompt
+from lcx.methods.base import Prompt, Tail
 from lcx.methods.compose import legal
 from lcx.models import transformer
 from lcx.models.presets import PRESETS
@@ -64,28 +64,34 @@ def answer_scores(engine, prompts, steps=5, question=0):
 
 
 @functools.cache
-def make_engine(method, batch=1, mesh=(1, 1, 1)):
-  """An engine of this file's model; its programs serve several tests."""
+def make_engine(method, mesh=(1, 1, 1)):
+  """An engine of two rows; its programs serve several tests."""
   return Engine(
     CONFIG,
     transformer.init(CONFIG, jax.random.key(0)),
     method,
     capacity=CAPACITY,
-    batch=batch,
+    batch=2,
     room=64,
     mesh=sharding.make_mesh(*mesh),
   )
 
 
+def tight(name):
+  """An engine of a method whose budgets bite at this file's lengths."""
+  return make_engine(methods.get_method(name).at_tight_budget(CONTEXT))
+
+
 def dense_answer(prompts, **kwargs):
-  engine = make_engine(methods.get_method('dense'), len(prompts))
-  return answer_scores(engine, prompts, **kwargs)
+  return answer_scores(
+    make_engine(methods.get_method('dense')), prompts, **kwargs
+  )
 
 
 @pytest.mark.parametrize('name', methods.names())
 def test_full_budget_equals_dense(name):
   method = full(methods.get_method(name))
-  prompts = [prompt(1)]
+  prompts = [prompt(1), prompt(2, context=170)]
   tokens, scores = answer_scores(make_engine(method), prompts)
   want_tokens, want = dense_answer(prompts)
   assert tokens == want_tokens
@@ -94,28 +100,26 @@ def test_full_budget_equals_dense(name):
 
 @pytest.mark.parametrize('name', methods.names())
 def test_padding_and_batch_order_do_not_matter(name):
-  method = methods.get_method(name)
+  engine = tight(name)
   prompts = [prompt(2), prompt(3, context=190)]
-  both = make_engine(method, batch=2)
-  tokens, scores = answer_scores(both, prompts)
-  swapped, swapped_scores = answer_scores(both, prompts[::-1])
+  tokens, scores = answer_scores(engine, prompts)
+  swapped, swapped_scores = answer_scores(engine, prompts[::-1])
   assert swapped == tokens[::-1]
   chex.assert_trees_all_close(
     scores, swapped_scores[::-1], rtol=1e-4, atol=1e-4
   )
-  alone = make_engine(method)
-  for row, one in enumerate(prompts):
-    single, single_scores = answer_scores(alone, [one])
-    assert single[0] == tokens[row]
+  for row, one in enumerate(prompts):  # the other row is now a copy
+    alone, alone_scores = answer_scores(engine, [one])
+    assert alone[0] == tokens[row]
     chex.assert_trees_all_close(
-      single_scores[0], scores[row], rtol=2e-3, atol=2e-3
+      alone_scores[0], scores[row], rtol=2e-3, atol=2e-3
     )
 
 
 @pytest.mark.parametrize('name', methods.names())
 def test_what_was_rewound_leaves_no_trace(name):
   """Tokens after a mark, and their answers, are as if they had never been."""
-  engine = make_engine(methods.get_method(name))
+  engine = tight(name)
   draw = np.random.default_rng(5)
   first, other = (
     draw.integers(0, CONFIG.vocab_size, n).astype(np.int32) for n in (5, 9)
@@ -140,7 +144,7 @@ def test_no_value_from_the_future_reaches_an_output(name):
 
   Values alone are changed: a selector may read later keys, if it says so.
   """
-  method = methods.get_method(name)
+  method = methods.get_method(name).at_tight_budget(CONTEXT)
   length = 256 * method.prefill.pieces(1)
   plan = dataclasses.replace(
     make_engine(methods.get_method('dense')).plan, method=method
@@ -187,7 +191,7 @@ def test_no_value_from_the_future_reaches_an_output(name):
 
 @pytest.mark.parametrize('name', methods.names())
 def test_decode_traces_once(name):
-  engine = make_engine(methods.get_method(name))
+  engine = tight(name)
   session = engine.prefill([prompt(6)], 0)
   engine.decode(session, 3)
   compiled = engine.compilations
@@ -200,12 +204,10 @@ def test_decode_traces_once(name):
 @pytest.mark.xdist_group('mesh')
 @pytest.mark.parametrize('name', methods.names())
 def test_sharded_equals_unsharded(name):
-  method = methods.get_method(name)
   prompts = [prompt(8), prompt(9, context=211)]
-  tokens, scores = answer_scores(make_engine(method, batch=2), prompts)
-  got, got_scores = answer_scores(
-    make_engine(method, batch=2, mesh=(2, 2, 2)), prompts
-  )
+  tokens, scores = answer_scores(tight(name), prompts)
+  method = methods.get_method(name).at_tight_budget(CONTEXT)
+  got, got_scores = answer_scores(make_engine(method, (2, 2, 2)), prompts)
   assert got == tokens
   chex.assert_trees_all_close(got_scores, scores, rtol=2e-3, atol=2e-3)
 
@@ -244,6 +246,7 @@ def trace_programs(method):
       (state,),
       tokens[:, : method.decode.max_queries],
       jnp.array([length], jnp.int32),
+      Tail(jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32)),
       jnp.array([1], jnp.int32),
       jnp.int32(0),
       plan=plan,
@@ -334,7 +337,7 @@ def test_several_questions_of_one_context():
 
 
 def test_rows_stop_and_sample_on_their_own():
-  engine = make_engine(methods.get_method('dense'), batch=2)
+  engine = make_engine(methods.get_method('dense'))
   session = engine.prefill([prompt(13), prompt(14)], 0)
   tokens, _ = engine.decode(session, 6)
   stop = tokens[0][2]
