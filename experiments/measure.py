@@ -1,23 +1,32 @@
-"""Speed: the cases of a benchmark, one row a case and implementation.
+"""Measures kernels on the device it finds, beside their peers, in one run.
 
-A suite is a module of this folder with `cases(**numbers)`, an iterator over
-`kernel_bench.Case`. Calls of a case run in one process, one after another, on
-the same numbers; a call that fails is a row with its reason and no time. Rows
-that are in results.jsonl already are not measured again.
+Each row is one implementation of one case (kernel_bench.py). `ms` is time on
+the device: in kernels, by CUPTI, where that is to be had; else a queue of
+calls, timed from the host. `ceiling` is what the chip reached in this very run
+on a large matrix product or a large copy; `ratio` is the best peer's time over
+ours.
 """
 
 import dataclasses
 import datetime
-import importlib
+import gc
+import json
 import pathlib
 import sys
-from typing import Any, Literal
+from typing import Any
 
+import jax
 from absl import logging
 
-from experiments import environment
-from experiments.errors import Failure
-from experiments.results import Results, Row, key_of, write_json
+from experiments import environment, kernel_bench, results
+from lcx import timing
+
+OPS = (
+  'block_sparse',
+  'passing_block',
+  'selected_token',
+  'scores',
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,105 +34,162 @@ class Config:
   """What to measure.
 
   Attributes:
-    suite: which module's cases.
-    numbers: arguments of its `cases`.
     title: of the report.
-    repeats: samples of each call.
+    ops: of OPS.
+    prompts: prompt lengths of block_sparse.
+    shares: block_sparse at 1 / share of the blocks.
+    mixture: prompt length of the streaming heads; 0: none.
+    anchor: tokens of passing_block's anchor; half as many are passed, four
+      times as many are local; 0: none.
+    decodes: cache lengths of dense decode.
+    bits: of the cache in dense decode.
+    select: cache length from which pages and tokens are selected.
+    batch: sequences of 32K in one decode; 0: none.
+    ceilings: whether to measure the chip's own rates.
+    implementation: ours; '': what the platform chooses.
+    peers: whether to measure what others ship.
+    repeats: samples a row.
+    output: a file that also gets the rows; '': none.
   """
 
-  suite: Literal['selector_bench']
-  numbers: dict[str, Any]
-  title: str = 'measurement'
+  title: str = 'kernels'
+  ops: tuple[str, ...] = OPS
+  prompts: tuple[int, ...] = ()
+  shares: tuple[int, ...] = ()
+  mixture: int = 0
+  anchor: int = 0
+  decodes: tuple[int, ...] = ()
+  bits: tuple[int, ...] = (16, 8, 4)
+  select: int = 0
+  batch: int = 0
+  ceilings: bool = True
+  implementation: str = ''
+  peers: bool = True
   repeats: int = 10
+  output: str = ''
 
   def __post_init__(self):
+    for op in self.ops:
+      if op not in OPS:
+        raise ValueError(f'config.ops: {op!r} is not one of {", ".join(OPS)}')
     if self.repeats < 1:
-      raise ValueError(f'config.repeats={self.repeats}: at least 1')
+      raise ValueError(f'config.repeats={self.repeats} must be positive')
+
+
+def cases(config: Config):
+  """The cases of a config, one after the other: they fill the memory."""
+  ours = config.implementation or None
+  bench = kernel_bench
+  if config.ceilings:
+    yield from bench.ceilings()
+  if 'block_sparse' in config.ops:
+    yield from bench.prompts(
+      config.prompts, config.shares, ours, peers=config.peers
+    )
+    if config.mixture:
+      yield from bench.mixtures(config.mixture, implementation=ours)
+  if 'passing_block' in config.ops and config.anchor:
+    a = config.anchor
+    yield from bench.passing(4 * a, a, a // 2, implementation=ours)
+  if 'selected_token' in config.ops:
+    yield from bench.decodes(
+      config.decodes, config.bits, ours, peers=config.peers
+    )
+    if config.select:
+      yield from bench.selections(config.select, implementation=ours)
+    if config.batch:
+      yield from bench.batches(config.batch, implementation=ours)
+  if 'scores' in config.ops and config.select:
+    yield from bench.scores(config.select)
 
 
 def run(config: Config, workdir: pathlib.Path) -> None:
-  """Measures what is missing, writes rows, prints a table.
-
-  Raises:
-    ValueError: the suite does not take these numbers.
-    Failure: every call failed.
-  """
-  suite = importlib.import_module(f'experiments.{config.suite}')
-  where = environment.describe()
-  rows: list[Row] = []
-  with Results(workdir / 'results.jsonl') as results:
-    write_json(workdir / 'config.json', dataclasses.asdict(config))
-    write_json(workdir / 'env.json', where)
-    for case in suite.cases(**config.numbers):
-      found = _measure_case(case, config, where, results)
-      rows += found
-      for row in found:
-        print(_line(row), flush=True)
-  if rows and all(row['ms'] is None for row in rows):
-    raise Failure(f'all {len(rows)} calls failed: {rows[0]["error"]}')
-
-
-def _measure_case(case, config: Config, where, results: Results) -> list[Row]:
-  rows = []
-  for name, make in case.calls.items():
-    identity = {
-      'op': case.op,
-      'case': case.case,
-      'implementation': name,
-      'repeats': config.repeats,
-      'device': where['device'],
-      'versions': where['versions'],
-      'git': where['git'],
-    }
-    key = key_of(identity)
-    known = results.rows.get(key)
-    if known and known['ms'] is not None and not where['dirty']:
-      rows.append(known)
-      continue
-    row: Row = {'key': key} | identity | _times(case, make, config.repeats)
-    row['command'] = ' '.join(sys.argv)
-    row['date'] = datetime.datetime.now(datetime.UTC).isoformat('T', 'seconds')
-    rows.append(row)
-  rivals = {r['implementation']: r['ms'] for r in rows[1:] if r['ms']}
-  peer = min(rivals, key=rivals.__getitem__, default=None)
-  for row in rows:
-    row['peer'], row['peer_ms'], row['ratio'] = peer, None, None
-    if peer is not None and row['ms'] and row['implementation'] != peer:
-      row['peer_ms'] = rivals[peer]
-      row['ratio'] = rivals[peer] / row['ms']
-  results.append(rows)
-  return rows
+  """Measures every case and writes the rows and a table."""
+  file = results.Results(workdir / 'results.jsonl')
+  (workdir / 'env.json').write_text(json.dumps(environment.describe()))
+  ceilings: dict[str, float] = {}
+  table = []
+  for case in cases(config):
+    rows = []
+    for name, make in case.calls.items():
+      try:
+        call = make()
+        time = timing.measure(
+          call.function, call.inputs, shared=call.shared, repeats=config.repeats
+        )
+      except (NotImplementedError, ValueError, jax.errors.JaxRuntimeError) as e:
+        if name.startswith('ours'):
+          raise
+        logging.warning(
+          '%s %s: %s is left out: %s', case.op, case.case, name, e
+        )
+        continue
+      finally:
+        call = None
+        gc.collect()
+      rows.append(row_of(case, name, time, ceilings))
+    _compare(rows)
+    if rows and case.op in ('matmul', 'copy'):
+      ceilings[case.unit] = rows[0]['rate']
+    file.append(rows)
+    if config.output and rows:
+      with open(config.output, 'a') as out:
+        out.writelines(json.dumps(row) + '\n' for row in rows)
+    for row in rows:
+      table.append(line(row))
+      print(table[-1], flush=True)
+  (workdir / 'report.md').write_text(
+    f'# {config.title}\n\n```\n' + '\n'.join(table) + '\n```\n'
+  )
 
 
-def _times(case, make, repeats: int) -> dict[str, Any]:
-  from lcx import timing
-
-  empty = {'repeats_ms': [], 'ms': None, 'rate': None, 'unit': case.unit}
-  empty |= {'ceiling': None, 'compile_s': None, 'error': None}
-  try:
-    call = make()
-    found = timing.measure(
-      call.function, call.inputs, shared=call.shared, repeats=repeats
-    )
-  # One call out of memory, or without its library, must not stop the others.
-  except (RuntimeError, ValueError, NotImplementedError) as error:
-    reason = str(error).strip().splitlines() or [type(error).__name__]
-    logging.warning('%s %s: %s', case.op, case.case, reason[0])
-    return empty | {'error': reason[0][:300]}
-  scale = {'TFLOP/s': 1e12, 'GB/s': 1e9}[case.unit]
-  return empty | {
-    'repeats_ms': list(found.repeats_ms),
-    'ms': found.ms,
-    'rate': case.work / (found.ms * 1e-3) / scale,
-    'compile_s': found.compile_s,
+def row_of(case, name: str, time, ceilings: dict[str, float]) -> dict[str, Any]:
+  """The row of one implementation, peers not yet compared."""
+  per_second = {'TFLOP/s': 1e9, 'GB/s': 1e6}[case.unit]
+  identity = {
+    'op': case.op,
+    'case': case.case,
+    'implementation': name,
+    'device': environment.device(),
+    'git': environment.git(),
+  }
+  return {
+    'key': results.key_of(identity),
+    **identity,
+    'ms': time.ms,
+    'repeats_ms': list(time.repeats_ms),
+    'kernel_ms': list(time.kernel_ms),
+    'rate': case.work / time.ms / per_second,
+    'unit': case.unit,
+    'ceiling': ceilings.get(case.unit),
+    'peer': None,
+    'peer_ms': None,
+    'ratio': None,
+    'compile_s': time.compile_s,
+    'versions': environment.versions(),
+    'command': 'python -m experiments.run ' + ' '.join(sys.argv[1:]),
+    'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
   }
 
 
-def _line(row: Row) -> str:
-  head = f'{row["op"]:<10} {row["case"]:<44} {row["implementation"]:<8}'
-  if row['ms'] is None:
-    return f'{head} failed: {row["error"]}'
-  text = f'{head} {row["ms"]:9.3f} ms {row["rate"]:8.1f} {row["unit"]}'
-  if row['ratio'] is not None:
-    text += f'  {row["ratio"]:.2f}x {row["peer"]}'
-  return text
+def _compare(rows: list[dict[str, Any]]) -> None:
+  """Enters the fastest peer into our rows."""
+  peers = [r for r in rows if not r['implementation'].startswith('ours')]
+  if not peers:
+    return
+  best = min(peers, key=lambda r: r['ms'])
+  for row in rows:
+    if row['implementation'].startswith('ours'):
+      row['peer'], row['peer_ms'] = best['implementation'], best['ms']
+      row['ratio'] = best['ms'] / row['ms']
+
+
+def line(row: dict[str, Any]) -> str:
+  """A row as a line of the table."""
+  share = f'{row["rate"] / row["ceiling"]:6.1%}' if row['ceiling'] else ''
+  ratio = f'{row["ratio"]:.2f} x {row["peer"]}' if row['ratio'] else ''
+  return (
+    f'{row["op"]:15} {row["case"]:28} {row["implementation"]:16} '
+    f'{row["ms"] * 1e3:10.1f} us {row["rate"]:8.1f} {row["unit"]:7} '
+    f'{share:7} {ratio}'
+  ).rstrip()

@@ -1,0 +1,155 @@
+"""The Hopper kernels against the oracle, on a GPU; lowered for CUDA elsewhere.
+
+Lowering needs no plugin: it runs Pallas' own checks of layouts and of shared
+memory, at production sizes.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas import block_sparse, passing_block, selected_token
+from kernels_pallas.block_sparse import gpu as block_sparse_gpu
+from kernels_pallas.keys import Pages
+from kernels_pallas.passing_block import gpu as passing_block_gpu
+from kernels_pallas.selected_token import gpu as selected_token_gpu
+from tests import oracle
+from tests.kernels import cases
+
+BF16 = jnp.bfloat16
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('h', [64, 128, 256])
+@pytest.mark.parametrize('group', [1, 4])
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize('block_k', [64, 128, 256])
+def test_block_sparse(h, group, dtype, block_k):
+  args, kwargs = cases.block_case(
+    t=300,
+    s=900,
+    kv=2,
+    group=group,
+    h=h,
+    dtype=dtype,
+    block_q=128,
+    block_k=block_k,
+    width=5,
+  )
+  got = block_sparse.block_sparse(*args, **kwargs, implementation='gpu')
+  want = oracle.block_sparse(*args, **kwargs)
+  oracle.assert_close(got, want, jnp.dtype(dtype).name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('t', [1, 70, 700])
+def test_passing_block(t):
+  rng = np.random.default_rng(0)
+  q = cases.floats(rng, (2, t, 8, 128), BF16)
+  k, v = (cases.floats(rng, (2, 2, 1000, 128), BF16) for _ in range(2))
+  start = np.sort(rng.integers(0, 500, (2, t)), axis=1).astype(np.int32)
+  stop = np.sort(rng.integers(0, 1000, (2, t)), axis=1).astype(np.int32)
+  got = passing_block.passing_block(
+    q, k, v, jnp.asarray(start), jnp.asarray(stop), implementation='gpu'
+  )
+  oracle.assert_close(
+    got, oracle.passing_block(q, k, v, start, stop), 'bfloat16'
+  )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('bits', [16, 8, 4])
+@pytest.mark.parametrize('page', [32, 64, 128])
+@pytest.mark.parametrize('t', [1, 3, 16])
+@pytest.mark.parametrize('streaming', [False, True])
+def test_attend_pages(bits, page, t, streaming):
+  args, kwargs = cases.page_case(
+    t=t, h=128, page=page, bits=bits, dtype=BF16, streaming=streaming, width=9
+  )
+  got = selected_token.attend_pages(*args, **kwargs, implementation='gpu')
+  q, pages, ids, starts = args
+  rows, positions = oracle.rows_of_pages(ids, starts, page)
+  want = oracle.selected(q, pages, rows, positions, **kwargs)
+  kind = {16: 'bfloat16', 8: 'int8', 4: 'int4'}[bits]
+  oracle.assert_close(got, want, kind)
+
+
+def lowers(function, *specs):
+  """Lowers for CUDA on any machine; raises what Pallas has against it."""
+  args = [jax.ShapeDtypeStruct(*spec) for spec in specs]
+  jax.export.export(
+    jax.jit(function),
+    platforms=['cuda'],
+    disabled_checks=[
+      jax.export.DisabledSafetyCheck.custom_call('mosaic_gpu_v2')
+    ],
+  )(*args)
+
+
+@pytest.mark.h100_aot
+@pytest.mark.parametrize('h', [64, 128, 256])
+def test_block_sparse_lowers(h):
+  s = 2**17
+
+  def run(q, k, v, ids, count, per_head, row):
+    blocks = block_sparse.BlockList(ids, count, per_head, per_head)
+    return block_sparse_gpu.block_sparse(
+      q, k, v, blocks, q_start=row, lengths=row, scale=1.0
+    )
+
+  i = jnp.int32
+  lowers(
+    run,
+    ((1, s, 32, h), BF16),
+    ((1, 8, s, h), BF16),
+    ((1, 8, s, h), BF16),
+    ((1, 32, s // 128, 64), i),
+    ((1, 32, s // 128), i),
+    ((32,), i),
+    ((1,), i),
+  )
+
+
+@pytest.mark.h100_aot
+def test_passing_block_lowers():
+  t, s = 20480, 26624
+
+  def run(q, k, v, start, stop):
+    return passing_block_gpu.passing_block(q, k, v, start, stop, scale=1.0)
+
+  row = ((1, t), jnp.int32)
+  lowers(
+    run,
+    ((1, t, 32, 128), BF16),
+    ((1, 8, s, 128), BF16),
+    ((1, 8, s, 128), BF16),
+    row,
+    row,
+  )
+
+
+@pytest.mark.h100_aot
+@pytest.mark.parametrize('bits', [16, 8, 4])
+@pytest.mark.parametrize('t', [1, 16])
+def test_attend_pages_lowers(bits, t):
+  count = 8 * 2048
+  i, f = jnp.int32, jnp.float32
+  kind = {16: BF16, 8: jnp.int8, 4: jnp.uint8}[bits]
+  codes = ((count, 64, 64 if bits == 4 else 128), kind)
+  scale = ((count, 64), f)
+  pool = [codes, codes] + [scale] * {16: 0, 8: 2, 4: 4}[bits]
+
+  def run(q, ids, starts, at, *pool):
+    return selected_token_gpu.attend_pages(
+      q, Pages(*pool), ids, starts, q_positions=at, scale=1.0
+    )
+
+  lowers(
+    run,
+    ((1, t, 32, 128), BF16),
+    ((1, 8, 2048), i),
+    ((1, 8, 2048), i),
+    ((1, t), i),
+    *pool,
+  )
