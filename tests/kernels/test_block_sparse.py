@@ -21,7 +21,6 @@ RUN = jax.jit(
   static_argnames=('scale', 'sliding_window', 'implementation'),
 )
 # Few distinct shapes, many values: compilations cost more than runs.
-DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 CASES = {
   'f32_group4_h64': {},
   'bf16_group8_h64': {'dtype': jnp.bfloat16, 'kv': 1, 'group': 8},
