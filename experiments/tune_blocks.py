@@ -76,7 +76,8 @@ def measure(sizes: dict[str, int]) -> dict:
   return {'ms': time.ms, 'device': jax.devices()[0].device_kind}
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
+  """Measures one candidate, or sweeps them all and writes the best."""
   del argv
   if _CANDIDATE.value:
     print(json.dumps(measure(json.loads(_CANDIDATE.value))))
