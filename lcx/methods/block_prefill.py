@@ -46,6 +46,15 @@ class BlockPrefill(Prefill):
     """The fields that make every list full up to `length` tokens."""
     raise NotImplementedError
 
+  def at_tight_budget(self, length: int) -> Self:
+    """Lists of the fewest blocks: sink, diagonal, and one to choose."""
+    return dataclasses.replace(self, width=4, **self.tight_budget(length))
+
+  def tight_budget(self, length: int) -> dict[str, Any]:
+    """The fields that make lists sparse at `length` tokens."""
+    del length
+    return {'threshold': None, 'density': 0.25}
+
   def check(self, config, capacity: int) -> None:
     del config
     blocks = -(-capacity // 128)

@@ -80,6 +80,10 @@ class SnapKVDecode(Decode):
       self, budget=length + self.window + 1, room=max(self.room, length)
     )
 
+  def at_tight_budget(self, length: int) -> 'SnapKVDecode':
+    window = max(length // 32, 1)
+    return dataclasses.replace(self, budget=length // 4, window=window)
+
   def check(self, config, capacity: int) -> None:
     if not 0 < self.window < self.budget:
       raise ValueError(

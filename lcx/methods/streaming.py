@@ -38,7 +38,7 @@ class StreamingPrefill(Prefill):
   recent: int = RECENT
 
   def at_tight_budget(self, length: int) -> 'StreamingPrefill':
-    return dataclasses.replace(self, recent=max(length // 4, 1))
+    return dataclasses.replace(self, sink=4, recent=max(length // 4, 1))
 
   def at_full_budget(self, length: int) -> 'StreamingPrefill':
     del length
@@ -78,7 +78,7 @@ class StreamingDecode(Decode):
   needs = frozenset({'recent_tokens', 'rotated'})
 
   def at_tight_budget(self, length: int) -> 'StreamingDecode':
-    return dataclasses.replace(self, recent=max(length // 4, 1))
+    return dataclasses.replace(self, sink=4, recent=max(length // 4, 1))
 
   def at_full_budget(self, length: int) -> 'StreamingDecode':
     del length

@@ -34,6 +34,9 @@ class VerticalSlashPrefill(BlockPrefill):
   def full_budget(self, length: int) -> dict[str, Any]:
     return {'columns': max(length, 1)}
 
+  def tight_budget(self, length: int) -> dict[str, Any]:
+    return {'columns': length // 8, 'diagonals': length // 8}
+
   def check(self, config, capacity: int) -> None:
     super().check(config, capacity)
     for name in ('columns', 'diagonals', 'window'):
