@@ -20,7 +20,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32
 
 from kernels_pallas.block_sparse import (
@@ -31,9 +30,9 @@ from kernels_pallas.block_sparse import (
   mixed,
 )
 from kernels_pallas.selected_token import page_scores
-from lcx import head_profile
+from lcx import head_profile, policy
 from lcx.cache import Paged
-from lcx.cache.base import CacheShape
+from lcx.cache.base import CacheShape, split
 from lcx.methods import shards
 from lcx.methods.base import Context, Decode, Method, Prefill, Rope, Trace
 from lcx.methods.block_prefill import BlockPrefill
@@ -237,7 +236,8 @@ class LServeDecode(Decode):
       but tighter).
     group: 'max' or 'sum' of the scores of a kv head's query heads.
     crossover: a batch of at most so many tokens a row attends to everything:
-      below, selecting costs more than it saves (lcx/policy.py).
+      below, selecting costs more than it saves. -1: as was measured on this
+      device (lcx/policy.py), 0 where nothing was.
   """
 
   budget: int = 4096
@@ -260,6 +260,8 @@ class LServeDecode(Decode):
         f'decode.sink={self.sink} must be at least 0, decode.recent='
         f'{self.recent} and decode.reuse={self.reuse} at least 1'
       )
+    if self.crossover < -1:
+      raise ValueError(f'decode.crossover={self.crossover} must be at least -1')
     if self.budget < self.sink + self.recent:
       raise ValueError(
         f'decode.budget={self.budget} is below sink={self.sink} + '
@@ -283,9 +285,8 @@ class LServeDecode(Decode):
     return Choice.none(shape.batch, shape.n_kv_heads, shape.shards.seq)
 
   def state_specs(self, axes) -> Choice:
-    return Choice(
-      P(axes.data, axes.model, axes.seq), P(axes.data), P(axes.data)
-    )
+    rows = split(axes.data)
+    return Choice(split(axes.data, axes.model, axes.seq), rows, rows)
 
   def start(self, cache, state: Choice) -> Choice:
     batch, kv_heads, width = cache.page_starts().shape
@@ -309,7 +310,8 @@ class LServeDecode(Decode):
       ),
       ctx.axes.data,
     )
-    is_sparse = longest > self.crossover
+    crossover = self._crossover(q, cache, ctx)
+    is_sparse = longest > crossover
     due = (due > 0) & is_sparse
 
     def select():
@@ -329,7 +331,7 @@ class LServeDecode(Decode):
       )
       return attended(*take_pages(_with_rings(slots, cache), ids, starts))
 
-    if self.crossover:
+    if crossover:
       part, keys = jax.lax.cond(
         is_sparse, sparse, lambda: attended(ids, starts)
       )
@@ -338,6 +340,21 @@ class LServeDecode(Decode):
     out = shards.merged(part, ctx.axes).astype(q.dtype)
     trace = decode_trace(keys, q, ctx)
     return out, cache, state, trace
+
+  def _crossover(self, q, cache, ctx: Context) -> int:
+    if self.crossover >= 0:
+      return self.crossover
+    shards = jax.lax.axis_size(ctx.axes.model)
+    measured = policy.load().crossover(
+      'step',
+      'lserve',
+      device=jax.devices()[0].device_kind,
+      heads=q.shape[2] * shards,
+      kv_heads=cache.page_starts().shape[1] * shards,
+      head_dim=q.shape[3],
+      bits=cache.pages().bits,
+    )
+    return measured or 0
 
   def _select(self, q, cache, newest, longest, ctx: Context):
     """Slots [B K n] of the pages that retrieval heads see."""

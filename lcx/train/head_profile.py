@@ -76,7 +76,7 @@ class Recipe:
     return self.rate * jnp.minimum(1.0, factor)
 
 
-def stack(weights: Weights, mesh=None, config=None) -> Stacked:
+def stack(weights: Weights, config: ModelConfig, mesh=None) -> Stacked:
   """Frozen weights in their own dtype, layers stacked for `lax.scan`."""
   layers = jax.tree.map(lambda *x: jnp.stack(x), *weights.layers)
   found = {'embed': weights.embed, 'layers': layers, 'head': weights.head}
@@ -191,7 +191,7 @@ class GateTrainer:
     self.mesh = mesh if mesh is not None else sharding.make_mesh()
     if self.mesh.shape['seq'] * self.mesh.shape['data'] > 1:
       raise ValueError('gates are trained on a mesh of 1 x 1 x model devices')
-    self.weights = stack(weights, self.mesh, config)
+    self.weights = stack(weights, config, self.mesh)
     self.step = 0
     self._transform = optax.adam(recipe.schedule)
     gates = jnp.ones((config.n_layers, config.n_kv_heads), jnp.float32)
@@ -222,7 +222,7 @@ class GateTrainer:
       self.recipe,
     )
     moves, moments = self._transform.update(gradient, state['optimizer'])
-    gates = jnp.clip(optax.apply_updates(state['gates'], moves), 0.0, 1.0)
+    gates = jnp.clip(jnp.asarray(state['gates'] + moves), 0.0, 1.0)
     metrics |= {'loss': total, 'below_half': jnp.mean(gates < 0.5)}
     return {'gates': gates, 'optimizer': moments}, metrics
 
@@ -307,7 +307,7 @@ def distant_mass(
     x = transformer.embed(weights['embed'], tokens, config)
     return lax.scan(layer, x, weights['layers'])[1]
 
-  stacked, total = stack(weights), 0.0
+  stacked, total = stack(weights, config), 0.0
   for step in range(documents):
     tokens, answer = writer.document(step)
     at = np.flatnonzero(answer)[-queries:]

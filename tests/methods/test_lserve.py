@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from lcx import head_profile, methods, sharding
+from lcx import head_profile, methods, policy, sharding
 from lcx.cache import CacheShape
 from lcx.engine import Engine
 from lcx.head_profile import HeadProfile
@@ -208,6 +208,23 @@ def test_it_sees_everything_within_the_budget_and_below_the_crossover():
       check(line, out, q, set(range(99)), 0)
 
 
+def test_the_crossover_may_come_from_the_policy(monkeypatch):
+  where = {'heads': HEADS, 'kv_heads': K, 'head_dim': H, 'bits': 32}
+  entry = policy.Entry(
+    op='step',
+    method='lserve',
+    device=jax.devices()[0].device_kind,
+    **where,
+    crossover=120,
+    evidence=((60, 0.5), (120, 1.5)),
+  )
+  monkeypatch.setattr(policy, 'load', lambda: policy.Policy((entry,)))
+  line = Line(decode=dataclasses.replace(DECODE, crossover=-1))
+  line.read(4, 100)
+  out, q, _ = line.feed(0)
+  check(line, out, q, set(range(99)), 0)
+
+
 def test_recycled_pages_leave_nothing_behind():
   """A row that is emptied and read anew answers as a fresh one."""
   used, fresh = Line(), Line()
@@ -397,6 +414,7 @@ def test_a_profile_survives_its_file_and_refuses_others(tmp_path):
   (
     ({'budget': 300}, 'below sink'),
     ({'reuse': 0}, 'reuse=0'),
+    ({'crossover': -2}, 'crossover=-2'),
     ({'group': 'mean'}, "'max' or 'sum'"),
     ({'local': 0}, 'prefill.local=0'),
     ({'dynamic': 'dense'}, 'selects no blocks'),

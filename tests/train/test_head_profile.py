@@ -80,7 +80,7 @@ def test_the_loss_is_what_the_module_says():
   """Against plain attention with masks; its gradient, numerically."""
   tokens, answer = (x[None] for x in writer().document(0))
   gates = jnp.asarray([[0.9, 0.2], [0.0, 0.6]], jnp.float32)
-  stacked = head_profile.stack(weights())
+  stacked = head_profile.stack(weights(), CONFIG)
 
   @jax.jit
   def loss(gates, recipe=RECIPE):
