@@ -62,6 +62,13 @@ class LowBit:
   array: Any
   kind: str = dataclasses.field(metadata={'static': True})
 
+  def reshape(self, rows: int, outputs: int) -> 'LowBit':
+    """Input axes as one, which stand first: (-1, outputs) alone."""
+    if rows != -1 or outputs != self.array.shape[-1]:
+      raise ValueError(f'reshape takes (-1, {self.array.shape[-1]})')
+    merged = jax.tree.map(lambda y: y.reshape(-1, outputs), self.array)
+    return dataclasses.replace(self, array=merged)
+
   def einsum(self, equation: str, x: Array, out=None) -> Array:
     """jnp.einsum(equation, x, matrix), in x's dtype or `out`.
 

@@ -82,6 +82,16 @@ def test_no_matrix_is_made_in_the_activations_dtype(kind, tokens):
   assert temporary - products < 2 * np.prod(shape)
 
 
+@pytest.mark.parametrize('kind', low_bit.KINDS)
+def test_input_axes_can_be_merged(kind):
+  draw = np.random.default_rng(0)
+  w = low_bit.matrix(jnp.asarray(draw.normal(size=(4, 64, 32))), kind, (0, 1))
+  x = jnp.asarray(draw.normal(size=(1, 5, 4, 64)), jnp.float32)
+  apart = w.einsum('btnh,nhd->btd', x)
+  merged = w.reshape(-1, 32).einsum('btf,fd->btd', x.reshape(1, 5, -1))
+  np.testing.assert_allclose(apart, merged, rtol=1e-4, atol=1e-3)
+
+
 def test_unknown_kinds_are_refused():
   with pytest.raises(ValueError, match="weights='w2' must be one of"):
     low_bit.quantise(transformer.abstract(CONFIG), 'w2')
