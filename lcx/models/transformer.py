@@ -301,7 +301,7 @@ def layer_output(
     return a.swapaxes(0, 1)
 
   parts = lax.map(
-    lambda part: _layer_output(layer, *part, config),
+    lambda part: _layer_output(layer, part[0], part[1], config),
     (split(x), split(attention)),
   )
   out = parts.swapaxes(0, 1).reshape(x.shape[0], whole, x.shape[2])
