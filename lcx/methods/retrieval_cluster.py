@@ -84,13 +84,13 @@ class ClusterDecode(Decode):
     del state
     ids, page = cache.page_ids(), cache.page
     b, kv, width = ids.shape
-    n = max(0, width - -(-self.sink // page)) * page // self.segment
+    tokens = (width - -(-self.sink // page)) * page
+    # Room for one at least: partitioned loops with empty arrays crash XLA.
+    n = max(1, tokens // self.segment)
     per = self.segment // self.cluster
     dim = cache.pages().head_dim
     index = Clusters.empty(b, kv, dim, n, self.segment, per)
     newest = lax.pmax(cache.last_position(), Axes().seq)
-    if not n:
-      return index
     return lax.fori_loop(
       0, n, lambda _, index: self._joined(index, cache, newest), index
     )
@@ -98,23 +98,18 @@ class ClusterDecode(Decode):
   def attend(self, q, k, v, rope: Rope, cache, state, ctx: Context):
     q = rope(q, ctx.positions)
     cache = shards.append(cache, k, rope(k, ctx.positions), v, ctx)
-    if state.order.shape[2]:
-      newest = ctx.lengths - 1
-      state = lax.cond(
-        jnp.any(self._due(state, cache, newest)),
-        lambda: self._joined(state, cache, newest),
-        lambda: state,
-      )
+    newest = ctx.lengths - 1
+    state = lax.cond(
+      jnp.any(self._due(state, cache, newest)),
+      lambda: self._joined(state, cache, newest),
+      lambda: state,
+    )
     rule: dict[str, Any] = shards.window(k.shape[2], ctx.sliding_window)
     until = shards.seen_until(cache, ctx)
     ids, starts = self._static(state, cache)
     static = attend_pages(
       q, cache.pages(), ids, starts, q_positions=until, **rule
     )
-    if not state.order.shape[2]:
-      out = shards.merged(static, ctx.axes).astype(q.dtype)
-      trace = self._trace(static, None, None, starts, cache.page, q, until, ctx)
-      return out, cache, state, trace
     positions, found, part = self._retrieved(state, cache, q, until, rule, ctx)
     part = merge(static, part)
     out = shards.merged(part, ctx.axes).astype(q.dtype)
@@ -165,8 +160,6 @@ class ClusterDecode(Decode):
     """Ids and starts of the pages that are always seen."""
     ids, starts, page = cache.page_ids(), cache.page_starts(), cache.page
     width, per = ids.shape[2], self.segment // cache.page
-    if not index.order.shape[2]:
-      return ids, starts
     first = self._first(cache)[:, None]
     sink = jnp.arange(min(width, -(-self.sink // page)), dtype=jnp.int32)
     # A shard whose tokens are all old keeps less than a segment out of the
@@ -240,13 +233,9 @@ class ClusterDecode(Decode):
     keys = jnp.sum(
       jnp.maximum(stop - jnp.maximum(start, low + 1), 0), axis=(2, 3)
     )
-    seen, rest = part.lse, jnp.full((b, t, n), -jnp.inf)
-    counters = {}
-    if found is not None:
-      keys += jnp.sum((positions <= until) & (positions > low), axis=(2, 3))
-      rest = found.rest.transpose(0, 2, 1, 3).reshape(b, t, n)
-      scored = jnp.sum(jnp.where(ctx.valid, found.scored, 0), axis=1)
-      counters['scored'] = scored * (n // kv)
+    keys += jnp.sum((positions <= until) & (positions > low), axis=(2, 3))
+    rest = found.rest.transpose(0, 2, 1, 3).reshape(b, t, n)
+    scored = jnp.sum(jnp.where(ctx.valid, found.scored, 0), axis=1)
     keys = jnp.where(ctx.valid, keys * (n // kv), 0)
     keys = jnp.sum(keys, axis=1, dtype=jnp.float32)
 
@@ -255,14 +244,14 @@ class ClusterDecode(Decode):
       safe = jnp.where(peak > -jnp.inf, peak, 0.0)
       return jnp.log(lax.psum(jnp.exp(lse - safe), axis)) + safe
 
-    seen, rest = over_shards(seen), over_shards(rest)
+    seen, rest = over_shards(part.lse), over_shards(rest)
     mass = jnp.where(seen > -jnp.inf, jax.nn.sigmoid(seen - rest), 0.0)
     mass = jnp.sum(jnp.where(ctx.valid[..., None], mass, 0.0), axis=(1, 2))
     return Trace(
       keys=keys,
       pairs=dense_pairs(q, ctx) / n_shards,
       mass=mass / n_shards,
-      counters=counters,
+      counters={'scored': scored * (n // kv)},
     )
 
 
