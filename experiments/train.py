@@ -20,6 +20,7 @@ import tqdm
 from experiments import environment, train_plot
 from experiments.results import write_file, write_json
 from lcx import sharding
+from lcx.models import load as loader
 from lcx.models.config import ModelConfig
 from lcx.tasks.words import ADJECTIVES, NOUNS
 from lcx.train import corpus, exact, export, model, text, vocabulary
@@ -53,6 +54,7 @@ class Config:
     text: installed packages whose docstrings are read, or text files.
     tokenizer: a tokenizer.json; '': built from the text.
     words: frequent words of the text among those that keys are made of.
+    start: a model folder whose weights to begin with; '': random weights.
     seed: of weights and data.
     lm_weight: of the loss over all tokens, beside that over answers.
     remat: recomputes layers in the backward pass.
@@ -75,6 +77,7 @@ class Config:
   text: tuple[str, ...] = text.PACKAGES
   tokenizer: str = ''
   words: int = 800
+  start: str = ''
   seed: int = 0
   lm_weight: float = 0.25
   remat: bool = False
@@ -108,7 +111,9 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     remat=config.remat,
     workers=config.workers,
   )
-  trainer = Trainer(config.model, config.optimizer, mixture, mesh, options)
+  trainer = Trainer(
+    config.model, config.optimizer, mixture, mesh, options, _begin(config, mesh)
+  )
   checkpoints = Checkpoints(workdir / 'checkpoints', trainer.fingerprint)
   if trainer.restore(checkpoints):
     print(f'goes on from step {trainer.step} of {mixture.steps}')
@@ -128,6 +133,15 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   write_file(workdir / 'loss.png', train_plot.draw(rows))
   scores = _judge(config, trainer, mesh, examples)
   _export(config, trainer, workdir, tokenizer, scores)
+
+
+def _begin(config, mesh):
+  if not config.start:
+    return None
+  found = loader.load(config.start, 'float32', mesh)
+  if found.config.replace(dtype=config.model.dtype) != config.model:
+    raise ValueError(f'config.start={config.start!r} is not of config.model')
+  return found.weights
 
 
 def prepare(

@@ -135,7 +135,8 @@ class Writer:
 def records(rng: np.random.Generator, room: int, size: int) -> Row:
   """Random tokens: records of a key and a value, then the same keys again.
 
-  The plainest form of retrieval, and the quickest to learn.
+  The plainest form of retrieval, and the quickest to learn; sometimes keys are
+  asked for by their values.
 
   Args:
     rng: random numbers.
@@ -149,8 +150,14 @@ def records(rng: np.random.Generator, room: int, size: int) -> Row:
   table = rng.integers(3, size, (kinds, width), dtype=np.uint16)
   table[:, key] = table[0, key]  # between key and value
   table[:, -1] = table[0, -1]  # after the value
-  asked = rng.integers(0, kinds, room // width + 1 - kinds)
-  row = np.concatenate([table, table[asked]]).reshape(-1)[:room]
+  asked = table[rng.integers(0, kinds, room // width + 1 - kinds)]
+  if rng.random() < 0.35:  # the other way round: values are given
+    between = np.full((len(asked), 1), rng.integers(3, size), np.uint16)
+    asked = np.concatenate(
+      [asked[:, key + 1 : -1], between, asked[:, :key], asked[:, -1:]], axis=1
+    )
+    key = value
+  row = np.concatenate([table, asked]).reshape(-1)[:room]
   mark = np.zeros((kinds + len(asked), width), bool)
   mark[kinds:, key + 1 : -1] = True
   mark = mark.reshape(-1)[:room]

@@ -42,6 +42,7 @@ class Stage:
       answers and this many of everything.
     mix: weights of `KINDS`.
     packed: share of rows that hold several shorter documents.
+    backward: share of key-value documents that ask for keys by their values.
   """
 
   length: int
@@ -50,6 +51,7 @@ class Stage:
   targets: int
   mix: tuple[float, ...]
   packed: float = 0.3
+  backward: float = 0.2
 
   def __post_init__(self):
     if min(self.length, self.batch, self.steps, self.targets) < 1:
@@ -72,11 +74,13 @@ class Batch:
     tokens: int32 [B T].
     index: int32 [B M] positions; the target is the token that follows.
     weight: float32 [2 B M] weights of the two means: answers, everything.
+    kind: int32 [B M] one more than the answer's index in `KINDS`; 0: none.
   """
 
   tokens: np.ndarray
   index: np.ndarray
   weight: np.ndarray
+  kind: np.ndarray
 
 
 class Mixture:
@@ -141,6 +145,10 @@ class Mixture:
 
   def _document(self, rng, stage, room):
     kind = rng.choices(KINDS, stage.mix)[0]
+    row, mark = self._of_kind(rng, stage, kind, room)
+    return row, mark * np.uint8(KINDS.index(kind) + 1)
+
+  def _of_kind(self, rng, stage, kind, room):
     if kind == 'text':
       return self.writer.text(rng, room)
     if kind == 'copying':
@@ -152,7 +160,9 @@ class Mixture:
     make = getattr(samples, kind)
     if kind in ('lines', 'common_words', 'frequent_words'):
       document = make(rng, self.source, room=int(room * 0.8) - 100)
-    elif kind in ('key_value', 'variables'):
+    elif kind == 'key_value':
+      document = make(rng, self.source, room=room, backward=stage.backward)
+    elif kind == 'variables':
       document = make(rng, self.source, room=room)
     else:
       document = make(rng, self.source)
@@ -179,7 +189,7 @@ def pick_targets(
 
   Args:
     tokens: int32 [B T].
-    marks: bool [B T] the tokens of answers.
+    marks: uint8 [B T] the kind of the tokens of answers, 0 elsewhere.
     targets: answer positions a row, and as many of everything.
     rng: random numbers.
 
@@ -188,7 +198,8 @@ def pick_targets(
   """
   batch, length = tokens.shape
   order = rng.random((batch, length - 1), np.float32)
-  answers = marks[:, 1:]
+  kinds = marks[:, 1:].astype(np.int32)
+  answers = kinds > 0
   take = min(targets, length - 1)
   # Marked positions first, in random order; then any, in random order.
   first = np.argpartition(order - answers, take - 1, axis=1)[:, :take]
@@ -197,4 +208,6 @@ def pick_targets(
   weight = np.zeros((2, *index.shape), np.float32)
   weight[0, :, :take] = np.take_along_axis(answers, first, axis=1)
   weight[1, :, take:] = 1.0
-  return Batch(tokens, index, weight)
+  kind = np.zeros(index.shape, np.int32)
+  kind[:, :take] = np.take_along_axis(kinds, first, axis=1)
+  return Batch(tokens, index, weight, kind)

@@ -19,6 +19,7 @@ from lcx.models.config import ModelConfig
 from lcx.models.transformer import Weights
 
 Params = dict[str, Any]
+_KINDS = 16  # that accuracy is counted by, at most
 
 
 def stack(weights: Weights) -> Params:
@@ -133,6 +134,7 @@ def losses(
   tokens: Int[Array, 'B T'],
   index: Int[Array, 'B M'],
   weight: Float[Array, 'two B M'],
+  kind: Int[Array, 'B M'],
   config: ModelConfig,
   mesh,
   *,
@@ -146,6 +148,7 @@ def losses(
     tokens: rows.
     index: positions; the token after each is predicted.
     weight: weights of the two means.
+    kind: what the accuracy is counted by; 0: not at all.
     config: the model.
     mesh: where it runs.
     lm_weight: of the mean over everything.
@@ -153,7 +156,7 @@ def losses(
 
   Returns:
     The loss (nats a token), and {'answer', 'text' (both nats), 'accuracy' (of
-    answer tokens)}.
+    answer tokens), 'right' and 'count' [16] (answer tokens by kind)}.
   """
   x = hidden(params, tokens, config, mesh, remat=remat)
   x = jnp.take_along_axis(x, index[..., None], axis=1)
@@ -165,7 +168,14 @@ def losses(
   answer, text = jnp.sum(weight * loss, axis=(1, 2)) / total
   right = given >= jnp.max(scores, axis=-1)
   accuracy = jnp.sum(weight[0] * right) / total[0]
-  metrics = {'answer': answer, 'text': text, 'accuracy': accuracy}
+  by_kind = jax.nn.one_hot(kind, _KINDS, dtype=jnp.float32)
+  metrics = {
+    'answer': answer,
+    'text': text,
+    'accuracy': accuracy,
+    'right': jnp.einsum('bm,bmk->k', right.astype(jnp.float32), by_kind),
+    'count': jnp.sum(by_kind, axis=(0, 1)),
+  }
   return answer + lm_weight * text, metrics
 
 

@@ -120,6 +120,14 @@ RETRIEVAL = (
   ),
 )
 
+# The other way round: which key has a value? Slots {t} and {v}.
+REVERSE = (
+  'Which one has the {t} {v}? The {t} {v} belongs to',
+  'Question: to what does the {t} {v} belong? Answer: the {t} {v} is that of',
+  'Whose {t} is {v}? It is the {t} of',
+  'Find what {v} was said of. It was said of',
+)
+
 PASSKEY = (
   (
     'The pass key is {v}. Remember it. {v} is the pass key.',

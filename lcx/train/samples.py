@@ -117,6 +117,7 @@ def key_value(
   values: int = 0,
   queried: int = 0,
   asks: int = 24,
+  backward: float = 0.0,
   kind: str = '',
   background: str = '',
 ) -> Document:
@@ -130,15 +131,19 @@ def key_value(
     values: of each key; 0: mostly 1, up to 4.
     queried: keys of one question; 0: mostly 1, up to 4.
     asks: questions at most.
+    backward: how likely it is that keys are asked for by their values.
     kind: 'number', 'word' or 'uuid'; '': drawn.
     background: of the document; '': drawn.
   """
   kind = kind or rng.choices(('number', 'word', 'uuid'), (70, 24, 6))[0]
+  back = 0.0 if source.evaluation else backward
+  reverse = rng.choice(phrases.REVERSE) if rng.random() < back else ''
   cost = 60 if kind == 'uuid' else 24  # tokens of a needle, about
-  values = values or rng.choices((1, 2, 3, 4), (80, 8, 4, 8))[0]
+  values = values or rng.choices((1, 2, 3, 4), (75, 10, 5, 10))[0]
   most = max(1, min(int(room * 0.55 / (cost * values)), 40))
-  keys = keys or rng.randint(1, most)
-  queried = queried or rng.choices((1, 2, 3, 4), (85, 7, 3, 5))[0]
+  # Mostly few; often as many as fit, for many questions in one row.
+  keys = keys or (most if rng.random() < 0.4 else rng.randint(1, most))
+  queried = queried or rng.choices((1, 2, 3, 4), (70, 12, 6, 12))[0]
   queried = 1 if values > 1 else min(queried, keys)
   phrase = source.retrieval(rng)
   slots = phrases.slots(rng, kind)
@@ -150,9 +155,15 @@ def key_value(
   for k, v in pairs:
     in_order[k].append(v)
   made = []
+  reverse = '' if values > 1 else reverse
   turn = rng.sample(names, keys)  # nobody is asked for twice
   for first in range(0, min(asks, keys - queried + 1), queried):
     asked = turn[first : first + queried]
+    if reverse and queried == 1:
+      value = table[asked[0]][0]
+      question = phrases.fill(reverse, {**slots, 'v': value})
+      made.append((question, asked[0]))
+      continue
     several = values > 1 or queried > 1
     template = phrase.many if several else phrase.one
     question = phrases.fill(template, {**slots, 'k': _listed(asked)})
@@ -192,7 +203,7 @@ def variables(
   *,
   room: int = 512,
   chains: int = 0,
-  hops: int = 0,
+  hops: int | None = None,
   background: str = '',
 ) -> Document:
   """Chains of assignments; asks which variables have a value.
@@ -202,11 +213,16 @@ def variables(
     source: unused but for symmetry.
     room: tokens there are; what is drawn fits into it, nearly always.
     chains: how many; 0: 1 to 8.
-    hops: assignments from variable to variable in each chain; 0: 1 to 4.
+    hops: assignments from variable to variable in each chain; None:
+      0 to 4.
     background: of the document; '': drawn.
   """
   del source
-  hops = hops or rng.choice((1, 2, 2, 3, 4))
+  hops = rng.choice((0, 1, 1, 2, 2, 2, 3, 4)) if hops is None else hops
+  if not background and rng.random() < 0.5:
+    background = 'items'  # dense: many chains, every one asked for
+    most = max(1, min(12, int(room * 0.9) // (16 * (hops + 1) + 30)))
+    chains = chains or max(1, most - rng.randint(0, 1))
   most = max(1, min(8, room // (30 * (hops + 1))))
   chains = chains or rng.randint(1, most)
   phrase = rng.choice(phrases.CHAINS)

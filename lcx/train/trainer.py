@@ -15,7 +15,7 @@ from lcx.models import transformer
 from lcx.models.config import ModelConfig
 from lcx.train import feed, model, optimizer
 from lcx.train.checkpoint import Checkpoints, fingerprint
-from lcx.train.mixture import Mixture
+from lcx.train.mixture import KINDS, Mixture
 
 _FETCH = 20  # steps between two reads of metrics off the device
 
@@ -51,6 +51,7 @@ class Trainer:
     mixture: the data.
     mesh: of `lcx.sharding.make_mesh`.
     options: the rest.
+    weights: where to begin; None: random weights.
   """
 
   def __init__(
@@ -60,6 +61,7 @@ class Trainer:
     mixture: Mixture,
     mesh,
     options: Options,
+    weights: transformer.Weights | None = None,
   ):
     for stage in mixture.stages:
       _check_split(stage, mesh)
@@ -77,16 +79,17 @@ class Trainer:
         'options': [options.seed, options.lm_weight],
       }
     )
-    self.state = self._start()
+    self.state = self._start(weights)
     self._gradient = jax.jit(self._loss_and_gradient)
     self._move = jax.jit(self._update, donate_argnums=(0, 1))
 
-  def _start(self) -> dict[str, Any]:
+  def _start(self, weights) -> dict[str, Any]:
     place = sharding.named(self.mesh, model.specs(self.config, self.mesh))
     wide = self.config.replace(dtype='float32')
 
     def make(key):
-      params = model.stack(transformer.init(wide, key))
+      given = transformer.init(wide, key) if weights is None else weights
+      params = model.stack(given)
       return jax.lax.with_sharding_constraint(params, place)
 
     params = jax.jit(make)(jax.random.key(self.options.seed))
@@ -97,13 +100,14 @@ class Trainer:
     )
     return {'params': params, 'optimizer': moments}
 
-  def _loss_and_gradient(self, params, tokens, index, weight):
+  def _loss_and_gradient(self, params, tokens, index, weight, kind):
     loss = jax.value_and_grad(model.losses, has_aux=True)
     (total, metrics), gradient = loss(
       params,
       tokens,
       index,
       weight,
+      kind,
       self.config,
       self.mesh,
       lm_weight=self.options.lm_weight,
@@ -131,7 +135,8 @@ class Trainer:
   def run(self, stop: int) -> Iterator[list[dict[str, float]]]:
     """Trains up to step `stop`; yields the metrics of some steps at a time.
 
-    Each row has step, loss, answer, text (nats), accuracy (of answer tokens),
+    Each row has step, loss, answer, text (nats), accuracy (of answer tokens;
+    `accuracy_KIND` of each kind),
     gradient (norm before clipping), length, tokens (of the step), seconds
     (mean of the yielded steps) and flops (of the step).
     """
@@ -144,7 +149,8 @@ class Trainer:
     source = feed.batches(self.mixture, self.step, stop, self.options.workers)
     for batch in source:
       data = jax.device_put(
-        (batch.tokens, batch.index, batch.weight), (rows, few, both)
+        (batch.tokens, batch.index, batch.weight, batch.kind),
+        (rows, few, both, few),
       )
       gradient, metrics = self._gradient(self.state['params'], *data)
       params, moments = self._move(
@@ -167,7 +173,11 @@ class Trainer:
       pending, jax.device_get([m for _, m in pending])
     ):
       stage = self.mixture.stage(step)
-      row = {name: float(value) for name, value in metrics.items()}
+      right, count = metrics.pop('right'), metrics.pop('count')
+      row: dict[str, float] = {k: float(v) for k, v in metrics.items()}
+      for name, hits, all_ in zip(KINDS, right[1:], count[1:]):
+        if all_:
+          row[f'accuracy_{name}'] = float(hits / all_)
       row |= {
         'step': step,
         'length': stage.length,
