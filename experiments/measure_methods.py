@@ -27,7 +27,7 @@ import numpy as np
 from experiments import environment, evaluate
 from experiments.errors import Failure
 from experiments.results import Results, Row, key_of, write_json
-from lcx.methods.base import Method, Prompt
+from lcx.methods.base import Method, Prompt, Tail
 from lcx.models.config import ModelConfig
 
 _CHUNK = 4096  # tokens that an append brings
@@ -199,7 +199,6 @@ class Bench:
 
     from lcx.engine import steps
     from lcx.engine.engine import Session
-    from lcx.methods.base import Tail
 
     caches, states = engine._empty()
     dims = (1, _CHUNK, self.model.n_kv_heads, self.model.head_dim)
@@ -220,18 +219,19 @@ class Bench:
         count = jnp.full((1,), min(_CHUNK, length - first), jnp.int32)
         caches[i] = fill(caches[i], i * length + first, first, count)
       states[i] = start(caches[i], states[i])
-    lengths = engine._rows(np.full((1,), length, np.int32))
-    scores = engine._rows(np.zeros((1, self.model.vocab_size), np.float32))
+    # Made by JAX: they are donated, and numpy's memory may be shared.
+    lengths = engine._rows(jnp.full((1,), length, jnp.int32))
+    scores = engine._rows(jnp.zeros((1, self.model.vocab_size), jnp.float32))
     return Session(
-      tuple(caches),
-      tuple(states),
-      lengths,
-      scores,
-      Tail(engine._rows(np.zeros((1,), np.int32)), lengths),
-      (),
-      np.array([length]),
-      {},
-      {},
+      caches=tuple(caches),
+      states=tuple(states),
+      lengths=lengths,
+      scores=scores,
+      tail=Tail(*(engine._rows(np.array([n], np.int32)) for n in (0, length))),
+      used=(),
+      prompt_lengths=np.array([length]),
+      sums={},
+      prefill_sums={},
     )
 
   def step(self, method: Method, length: int) -> dict[str, Any]:
