@@ -20,7 +20,7 @@ def get_config(arg=''):
     {
       'dense': {},
       'streaming': {'prefill': window, 'decode': window},
-      'quest': {'decode': {'budget': 1024, 'sink': 64, 'recent': 64}},
+      'quest': {'decode': {'budget': 512, 'sink': 16, 'recent': 64}},
     },
   )
   config.tasks = {
