@@ -1,0 +1,217 @@
+"""Indexes of key vectors in host memory: largest inner products of a query.
+
+One interface, several kinds. `exact` is plain numpy; the others search with
+faiss (extra `index`): `flat`, `ivf` and `hnsw` are its own, `graph` is the
+attention-aware graph of `lcx.select.vector_index_graph`.
+
+An index numbers what it holds from 0; `tokens` says which token a number means,
+-1: removed. Replacing is removing and adding.
+"""
+
+import dataclasses
+import hashlib
+import importlib.util
+import io
+from typing import Any, Protocol, Self
+
+import numpy as np
+
+KINDS = ('exact', 'flat', 'ivf', 'hnsw', 'graph')
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbers:
+  """How indexes are built.
+
+  Attributes:
+    kind: one of KINDS.
+    degree: links of a node at most, even.
+    lists: of `ivf`; 0: 4 sqrt(n).
+    half: keys are kept as 16-bit floats in the index.
+    projection: of `graph`: 'pivot', 'clique', or 'auto': what finds more of
+      the nearest keys of held-out queries.
+    seed: of what is drawn.
+  """
+
+  kind: str = 'graph'
+  degree: int = 32
+  lists: int = 0
+  half: bool = True
+  projection: str = 'auto'
+  seed: int = 0
+
+  def __post_init__(self):
+    if self.kind not in KINDS:
+      raise ValueError(f'index kind={self.kind!r} must be one of {KINDS}')
+    if self.degree < 4 or self.degree % 2:
+      raise ValueError(f'index degree={self.degree} must be even, at least 4')
+    if self.projection not in ('auto', 'pivot', 'clique'):
+      raise ValueError(
+        f"index projection={self.projection!r} must be 'auto', 'pivot' or "
+        "'clique'"
+      )
+
+
+class Queries(Protocol):
+  """What the prompt's queries say of its keys, as numbers of keys.
+
+  Attributes:
+    near: int [Q c] keys of largest product for each sampled query, best first;
+      -1: none.
+    key_near: int [n d] the same for each key, or None.
+    held_out: [h H] queries that are not in `near`.
+    held_near: int [h c] their nearest keys.
+  """
+
+  near: np.ndarray
+  key_near: np.ndarray | None
+  held_out: np.ndarray
+  held_near: np.ndarray
+
+
+class Index(Protocol):
+  """An index of one head's keys."""
+
+  tokens: np.ndarray
+
+  def search(
+    self, q: np.ndarray, k: int, effort: int
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """(scores [n k], tokens int64 [n k], -1 where none), best first."""
+    ...
+
+  def add(self, keys: np.ndarray, tokens: np.ndarray) -> None:
+    """Adds keys [m H] without building anew."""
+    ...
+
+  def remove(self, since: int) -> None:
+    """Removes all tokens from number `since` on."""
+    ...
+
+  def dump(self) -> dict[str, np.ndarray]:
+    """Arrays from which `load` makes it again."""
+    ...
+
+  @property
+  def nbytes(self) -> int: ...
+
+
+class Exact:
+  """All keys, scanned."""
+
+  def __init__(self, keys: np.ndarray, tokens: np.ndarray):
+    self.keys, self.tokens = keys, tokens.astype(np.int64)
+
+  def search(self, q, k, effort):
+    del effort
+    score = q @ self.keys.T.astype(np.float32)
+    score[:, self.tokens < 0] = -np.inf
+    k = min(k, score.shape[1])
+    best = np.argpartition(-score, k - 1, axis=1)[:, :k]
+    value = np.take_along_axis(score, best, 1)
+    order = np.argsort(-value, axis=1)
+    value = np.take_along_axis(value, order, 1)
+    found = self.tokens[np.take_along_axis(best, order, 1)]
+    return value, np.where(value > -np.inf, found, -1)
+
+  def add(self, keys, tokens):
+    self.keys = np.concatenate([self.keys, keys])
+    self.tokens = np.concatenate([self.tokens, tokens])
+
+  def remove(self, since):
+    kept = self.tokens < since
+    self.keys, self.tokens = self.keys[kept], self.tokens[kept]
+
+  def dump(self):
+    return {'keys': self.keys, 'tokens': self.tokens}
+
+  @classmethod
+  def load(cls, arrays) -> Self:
+    return cls(arrays['keys'], arrays['tokens'])
+
+  @property
+  def nbytes(self):
+    return self.keys.nbytes + self.tokens.nbytes
+
+
+def has_faiss() -> bool:
+  """Whether the extra `index` is installed."""
+  return importlib.util.find_spec('faiss') is not None
+
+
+def require(kind: str) -> None:
+  """Refuses a kind that cannot run here."""
+  if kind != 'exact' and not has_faiss():
+    raise ValueError(
+      f"index kind {kind!r} needs faiss: pip install 'lcx[index]'; the method "
+      'retrieval_cluster needs no package'
+    )
+
+
+def build(
+  numbers: Numbers,
+  keys: np.ndarray,
+  first: int,
+  queries: Queries | None = None,
+) -> Index:
+  """An index of keys [n H], which are tokens first, first + 1, ..."""
+  tokens = np.arange(first, first + len(keys), dtype=np.int64)
+  if numbers.kind == 'exact':
+    return Exact(keys, tokens)
+  require(numbers.kind)
+  from lcx.select import vector_index_faiss
+
+  return vector_index_faiss.build(numbers, keys, tokens, queries)
+
+
+def fingerprint(*arrays: np.ndarray) -> str:
+  """SHA-256 of what an index stands for."""
+  digest = hashlib.sha256()
+  for array in arrays:
+    digest.update(f'{array.dtype}{array.shape}'.encode())
+    digest.update(np.ascontiguousarray(array).view(np.uint8))
+  return digest.hexdigest()
+
+
+def to_bytes(indexes: list[Index], numbers: Numbers, of: str) -> bytes:
+  """Indexes of all heads, with the fingerprint `of` their keys."""
+  out = io.BytesIO()
+  arrays: dict[str, Any] = {
+    f'{i}.{name}': array
+    for i, index in enumerate(indexes)
+    for name, array in index.dump().items()
+  }
+  np.savez(
+    out, of=np.array(of), numbers=np.array(repr(numbers)), n=len(indexes),
+    **arrays,
+  )  # fmt: skip
+  body = out.getvalue()
+  return body + hashlib.sha256(body).digest()
+
+
+def from_bytes(data: bytes, numbers: Numbers, of: str) -> list[Index]:
+  """What `to_bytes` wrote.
+
+  Raises:
+    ValueError: it is cut or damaged, of other keys, or built otherwise.
+  """
+  body, digest = data[:-32], data[-32:]
+  if hashlib.sha256(body).digest() != digest:
+    raise ValueError('the saved index is truncated or damaged: delete it')
+  with np.load(io.BytesIO(body), allow_pickle=False) as file:
+    arrays = dict(file)
+  for name, want in (('of', of), ('numbers', repr(numbers))):
+    if str(arrays[name]) != want:
+      what = 'of another context' if name == 'of' else 'built otherwise'
+      raise ValueError(f'the saved index is {what}: {arrays[name]}')
+  heads: list[dict] = [{} for _ in range(int(arrays['n']))]
+  for name, array in arrays.items():
+    head, dot, field = name.partition('.')
+    if dot:
+      heads[int(head)][field] = array
+  if numbers.kind == 'exact':
+    return [Exact.load(h) for h in heads]
+  require(numbers.kind)
+  from lcx.select import vector_index_faiss
+
+  return [vector_index_faiss.FaissIndex.load(h) for h in heads]

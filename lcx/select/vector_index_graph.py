@@ -1,0 +1,154 @@
+"""A graph over keys that knows the queries: RoarGraph's idea, without pivots
+that are hubs.
+
+RoarGraph (arXiv:2408.08933, section 4) links each query to its nearest keys and
+projects the bipartite graph onto the keys; RetrievalAttention builds one from
+prefill queries. With attention's few hub keys its projection loses most keys
+(a pivot's list is overwritten by the next query). Two that do not:
+
+  pivot   the least used of a query's 8 nearest keys is linked to the others,
+          which are linked in a chain: diffuse heads
+  clique  each key is linked to others that were found together with it, drawn
+          at random: concentrated heads
+
+and both with links between neighbouring keys. Every key can be reached.
+"""
+
+import numpy as np
+
+_PIVOTS = 8
+_ROUNDS = 8
+
+
+def graph(
+  near: np.ndarray,
+  key_near: np.ndarray | None,
+  n: int,
+  *,
+  degree: int,
+  projection: str,
+  seed: int = 0,
+) -> tuple[np.ndarray, int]:
+  """Links int32 [n degree] (-1 at the end of a row) and the entry.
+
+  Args:
+    near: int [Q c] nearest keys of each query, best first; -1: none.
+    key_near: int [n d] nearest keys of each key, or None.
+    n: keys.
+    degree: links of a key at most; half of them go by queries, half by keys.
+    projection: 'pivot' or 'clique'.
+    seed: of the clique's draws.
+  """
+  draw = np.random.default_rng(seed)
+  project = {'pivot': _pivot, 'clique': _clique}[projection]
+  share = degree if key_near is None else degree // 2
+  links = capped(*project(near, n, draw), n, share)
+  if key_near is not None:
+    a = np.repeat(np.arange(len(key_near)), key_near.shape[1])
+    b = key_near.reshape(-1)
+    rank = np.tile(np.arange(key_near.shape[1]), len(key_near))
+    pairs = np.concatenate([a, b]), np.concatenate([b, a])
+    by_key = capped(*pairs, np.concatenate([rank, rank]), n, degree - share)
+    links = np.concatenate([links, by_key], axis=1)
+    links = _no_repeats(links)
+  used = np.bincount(near[near >= 0], minlength=n)
+  entry = int(np.argmax(used))
+  return reachable(links, entry, draw).astype(np.int32), entry
+
+
+def hubs(near: np.ndarray) -> float:
+  """Distinct first neighbours over queries: near 0, a few keys are all's."""
+  return len(np.unique(near[:, 0])) / max(1, len(near))
+
+
+def capped(a, b, priority, n: int, degree: int) -> np.ndarray:
+  """Links a -> b as rows [n degree], those of least priority; -1 pads."""
+  good = (a >= 0) & (b >= 0) & (a != b)
+  a, b, priority = a[good].astype(np.int64), b[good], priority[good]
+  order = np.lexsort((priority, a * n + b))
+  pair = (a * n + b)[order]
+  order = order[np.r_[True, pair[1:] != pair[:-1]]] if len(order) else order
+  a, b, priority = a[order], b[order], priority[order]
+  order = np.lexsort((priority, a))
+  a, b = a[order], b[order]
+  place = np.arange(len(a)) - np.searchsorted(a, a)
+  kept = place < degree
+  links = np.full((n, degree), -1, np.int64)
+  links[a[kept], place[kept]] = b[kept]
+  return links
+
+
+def reachable(links: np.ndarray, entry: int, draw) -> np.ndarray:
+  """Links with every node that the entry does not reach hung to one it does.
+
+  Full rows give up their last link for it.
+  """
+  links = _no_repeats(links)
+  degree = links.shape[1]
+  for _ in range(4):
+    seen = _reached(links, entry)
+    lost = np.flatnonzero(~seen)
+    if not len(lost):
+      break
+    free = np.flatnonzero(seen & (links[:, -1] < 0))
+    if not len(free):
+      free = np.flatnonzero(seen)
+    host = draw.permutation(free)[: len(lost)]
+    place = np.minimum((links[host] >= 0).sum(1), degree - 1)
+    links[host, place] = lost[: len(host)]
+  return links
+
+
+def _reached(links: np.ndarray, entry: int) -> np.ndarray:
+  seen = np.zeros(len(links), bool)
+  seen[entry] = True
+  front = np.array([entry])
+  while len(front):
+    front = np.unique(links[front])
+    front = front[front >= 0]
+    front = front[~seen[front]]
+    seen[front] = True
+  return seen
+
+
+def _pivot(near, n, draw):
+  del draw
+  used = np.zeros(n, np.int64)
+  first = near[:, : min(_PIVOTS, near.shape[1])].tolist()
+  pivots = np.empty(len(near), np.int64)
+  for i, row in enumerate(first):
+    best = min((k for k in row if k >= 0), key=used.__getitem__, default=-1)
+    pivots[i] = best
+    if best >= 0:
+      used[best] += 1
+  width = near.shape[1]
+  rank = np.tile(np.arange(width), len(near))
+  star = np.repeat(pivots, width), near.reshape(-1)
+  chain = near[:, :-1].reshape(-1), near[:, 1:].reshape(-1)
+  step = np.tile(np.arange(width - 1), len(near))
+  a = np.concatenate([star[0], star[1], chain[0], chain[1]])
+  b = np.concatenate([star[1], star[0], chain[1], chain[0]])
+  return a, b, np.concatenate([rank, rank, step, step])
+
+
+def _clique(near, n, draw):
+  del n
+  width = near.shape[1]
+  shifts = draw.permutation(np.arange(1, width))[:_ROUNDS]
+  a = np.concatenate([near.reshape(-1)] * len(shifts))
+  b = np.concatenate([np.roll(near, -s, axis=1).reshape(-1) for s in shifts])
+  order = draw.random(2 * len(a))
+  return np.concatenate([a, b]), np.concatenate([b, a]), order
+
+
+def _no_repeats(links: np.ndarray) -> np.ndarray:
+  """Rows without repeated links, -1 at their ends."""
+  order = np.argsort(links, axis=1, kind='stable')
+  by_id = np.take_along_axis(links, order, 1)
+  again = np.zeros(links.shape, bool)
+  again[:, 1:] = by_id[:, 1:] == by_id[:, :-1]
+  twice = np.zeros(links.shape, bool)
+  np.put_along_axis(twice, order, again, 1)
+  links = np.where(twice, -1, links)
+  order = np.argsort(links < 0, axis=1, kind='stable')
+  return np.take_along_axis(links, order, 1)

@@ -1,0 +1,217 @@
+"""Indexes of keys: what they find, lose, save, and refuse."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lcx.select import vector_index as vi
+from lcx.select import vector_index_cluster as vc
+from lcx.select import vector_index_graph as vg
+from lcx.select import vector_index_nearest as vn
+
+N, DIM, C = 1500, 16, 20
+FOUND = {'exact': 1.0, 'flat': 0.99, 'ivf': 0.8, 'hnsw': 0.8, 'graph': 0.9}
+needs_faiss = pytest.mark.skipif(
+  not vi.has_faiss(), reason="needs faiss: pip install 'lcx[index]'"
+)
+KINDS = [
+  'exact', *(pytest.param(k, marks=needs_faiss) for k in list(FOUND)[1:])
+]  # fmt: skip
+
+
+def vectors(n=N, queries=600, seed=0):
+  """Keys in clumps; queries of another distribution, far from them."""
+  draw = np.random.default_rng(seed)
+  centres = draw.normal(size=(24, DIM))
+  x = centres[draw.integers(0, 24, n)] + 0.5 * draw.normal(size=(n, DIM))
+  q = draw.normal(size=(queries, DIM)) @ draw.normal(size=(DIM, DIM)) / 2
+  q += 2.0 * draw.normal(size=DIM)
+  return x.astype(np.float32), q.astype(np.float32)
+
+
+def exact(q, x, c=C):
+  return np.argsort(-(q @ x.T), axis=1)[:, :c]
+
+
+class Queries:
+  def __init__(self, x, q):
+    self.near = exact(q[100:], x)
+    score = x @ x.T
+    np.fill_diagonal(score, -np.inf)
+    self.key_near = np.argsort(-score, axis=1)[:, :12]
+    self.held_out, self.held_near = q[50:100], exact(q[50:100], x)
+
+
+def make(kind, first=7):
+  x, q = vectors()
+  numbers = vi.Numbers(kind=kind, lists=20)
+  return vi.build(numbers, x, first, Queries(x, q)), x, q[:50], numbers
+
+
+def recall(found, wanted, first=7):
+  hit = (wanted[:, :, None] == found[:, None] - first).any(2)
+  return hit.mean()
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_an_index_finds_the_largest_products(kind):
+  index, x, q, _ = make(kind)
+  score, found = index.search(q, C, effort=20 if kind == 'ivf' else 64)
+  assert recall(found, exact(q, x)) >= FOUND[kind]
+  there = np.take_along_axis(q @ x.T, found - 7, 1)
+  np.testing.assert_allclose(score, there, rtol=2e-2, atol=2e-2)
+  assert np.all(np.diff(score, axis=1) <= 1e-5)
+  assert index.nbytes > 0
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_keys_are_added_removed_and_replaced(kind):
+  index, x, q, _ = make(kind)
+  best = 3 * q[:1]  # no key's product with q[0] is larger
+  index.add(best, np.array([7 + N]))
+  effort = 20 if kind == 'ivf' else 300
+  assert index.search(q[:1], 5, effort)[1][0, 0] == 7 + N
+  index.remove(7 + N)
+  assert index.search(q[:1], 5, effort)[1][0, 0] == 7 + exact(q[:1], x)[0, 0]
+  index.remove(7 + N // 2)
+  _, found = index.search(q, C, 400)
+  assert found.max() < 7 + N // 2
+  index.add(best, np.array([7 + N // 2]))
+  assert index.search(q[:1], 5, effort)[1][0, 0] == 7 + N // 2
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_saved_index_is_the_same(kind):
+  index, x, q, numbers = make(kind)
+  of = vi.fingerprint(x)
+  data = vi.to_bytes([index], numbers, of)
+  (again,) = vi.from_bytes(data, numbers, of)
+  for a, b in zip(index.search(q, C, 50), again.search(q, C, 50), strict=True):
+    np.testing.assert_array_equal(a, b)
+  with pytest.raises(ValueError, match='truncated or damaged'):
+    vi.from_bytes(data[:-9], numbers, of)
+  with pytest.raises(ValueError, match='another context'):
+    vi.from_bytes(data, numbers, vi.fingerprint(x + 1))
+  with pytest.raises(ValueError, match='built otherwise'):
+    vi.from_bytes(data, vi.Numbers(kind=kind, seed=1), of)
+
+
+def test_without_faiss_a_line_names_the_extra(monkeypatch):
+  monkeypatch.setattr(vi, 'has_faiss', lambda: False)
+  with pytest.raises(ValueError, match=r'lcx\[index\].*retrieval_cluster'):
+    vi.require('graph')
+  vi.require('exact')
+
+
+@pytest.mark.parametrize('projection', ['pivot', 'clique'])
+@pytest.mark.parametrize('by_key', [True, False])
+def test_every_key_can_be_reached(projection, by_key):
+  x, q = vectors(400, 160)
+  queries = Queries(x, q)
+  links, entry = vg.graph(
+    queries.near,
+    queries.key_near if by_key else None,
+    400,
+    degree=16,
+    projection=projection,
+  )
+  assert links.shape == (400, 16) and links.max() < 400
+  for node, row in enumerate(links):
+    kept = row[row >= 0]
+    assert node not in kept and len(set(kept)) == len(kept)
+    assert np.all(row[len(kept) :] == -1)
+  seen, front = {entry}, [entry]
+  while front:
+    front = {int(b) for a in front for b in links[a] if b >= 0} - seen
+    seen |= front
+  assert len(seen) > 390
+
+
+def test_nearest_keys_are_exact_and_causal(monkeypatch):
+  monkeypatch.setattr(vn, '_BLOCK', 16)
+  monkeypatch.setattr(vn, '_TILE', 4)
+  draw = np.random.default_rng(0)
+  q = draw.normal(size=(2, 2, 7, DIM)).astype(np.float32)
+  k = draw.normal(size=(2, 45, 2, DIM)).astype(np.float32)
+  at = np.broadcast_to(np.arange(45), (2, 45)).astype(np.int32)
+  q_at = draw.integers(0, 45, (2, 2, 7)).astype(np.int32)
+  q_at[0, 0, 0] = 3
+  got = np.asarray(vn.nearest(q, q_at, k, at, 6))
+  for b, h, m in np.ndindex(2, 2, 7):
+    p = q_at[b, h, m]
+    want = np.argsort(-(k[b, : p + 1, h] @ q[b, h, m]))[:6]
+    np.testing.assert_array_equal(got[b, h, m, : len(want)], want)
+    assert np.all(got[b, h, m, len(want) :] == -1)
+  own = np.asarray(
+    vn.nearest(k.swapaxes(1, 2), at[:, None].repeat(2, 1), k, at, 6, False)
+  )
+  assert not np.any(own == np.arange(45)[:, None])
+
+
+def test_sampled_tokens_are_valid_and_spread():
+  valid = jnp.arange(40) < jnp.array([[40], [17], [3], [0]])
+  index, new = vn.sampled(valid, 8)
+  for row, count in enumerate((40, 17, 3)):
+    kept = np.asarray(index[row])[np.asarray(new[row])]
+    assert len(set(kept)) == len(kept) == min(8, count)
+    assert kept.max() < count
+  assert not np.any(new[3])
+
+
+def test_clusters_partition_their_keys():
+  x, _ = vectors(256)
+  means, size, order = vc.kmeans(jnp.asarray(x), 16)
+  assert int(size.sum()) == 256
+  np.testing.assert_array_equal(np.sort(order), np.arange(256))
+  first = 0
+  for mean, n in zip(means, np.asarray(size), strict=True):
+    if n:
+      own = x[np.asarray(order)[first : first + n]]
+      np.testing.assert_allclose(mean, own.mean(0), atol=1e-4)
+    first += n
+
+
+def test_probed_clusters_find_the_best_tokens():
+  """All probed: exactly the best by votes; a third probed: most of them."""
+  x, q = vectors(512)
+  mesh = jax.make_mesh((1,), ('seq',), axis_types=(jax.sharding.AxisType.Auto,))
+  index = vc.Clusters.empty(1, 1, DIM, 2, 256, 16)
+  for part in (x[:256], x[256:]):
+    index = index.join(jnp.asarray(part)[None, None], jnp.array([True]), 16)
+  grouped = jnp.asarray(q[:30]).reshape(1, 1, 15, 2, DIM)
+
+  def run(probe):
+    spec = jax.sharding.PartitionSpec()
+    return jax.shard_map(
+      lambda g: vc.search(
+        index,
+        g,
+        lambda tokens: jnp.asarray(x)[tokens],
+        probe=probe,
+        top=C,
+        axis='seq',
+      ),
+      mesh=mesh,
+      in_specs=spec,
+      out_specs=spec,
+      check_vma=False,
+    )(grouped)
+
+  logits = np.einsum('tgh,sh->tgs', grouped[0, 0], x) / DIM**0.5
+  weight = np.exp(logits - logits.max(-1, keepdims=True))
+  votes = (weight / weight.sum(-1, keepdims=True)).sum(1)
+  want = np.argsort(-votes, axis=1)[:, :C]
+  everything = np.asarray(run(512).tokens)[0, 0]
+  np.testing.assert_array_equal(np.sort(everything), np.sort(want))
+  some = run(170)
+  assert recall(np.asarray(some.tokens)[0, 0], want, 0) > 0.85
+  # Clusters count by their means: what is left is estimated from below.
+  left = np.log(
+    np.exp(logits).sum(-1)
+    - np.take_along_axis(
+      np.exp(logits), np.asarray(some.tokens)[0, 0][:, None], 2
+    ).sum(-1)
+  )
+  below = left - np.asarray(some.rest)[0, 0]
+  assert below.min() > -1e-3 and below.max() < 1.0
