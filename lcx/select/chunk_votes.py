@@ -1,0 +1,100 @@
+"""Votes of a prompt's chunks for the tokens before them.
+
+Every chunk has one pooled query (TokenSelect, arXiv:2411.02886, section 5.2).
+The number a head that votes need, the log-sum-exp, comes for all chunks from
+one launch of an attention kernel over each chunk's interval of candidates;
+votes then take a second look at the keys, tile by tile, with no more than
+TILE_SCORES logits in memory. Tiles behind a group's last candidate are skipped.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int32
+
+from kernels_pallas.passing_block import passing_block
+from kernels_pallas.selected_token import token_scores
+from lcx.select import soft_vote
+
+TILE_SCORES = 2**24  # logits of a tile, all heads: 64 MB in float32
+
+
+def chunk_stats(
+  q: Float[Array, 'B R N H'],
+  k: Float[Array, 'B K S H'],
+  v: Float[Array, 'B K S H'],
+  low: Int32[Array, 'B R'],
+  high: Int32[Array, 'B R'],
+  *,
+  kind: soft_vote.Kind,
+  n_best: int,
+  scale: float,
+) -> Float[Array, 'B R N']:
+  """What each head's votes need to know of all its candidates.
+
+  Args:
+    q: pooled queries of R chunks.
+    k: keys.
+    v: values; the kernel that sums exponentials reads them, too.
+    low: first candidate of a chunk.
+    high: one past its last.
+    kind: of vote.
+    n_best: tokens that a head votes for ('head_vote').
+    scale: of logits.
+  """
+  if kind == 'soft':
+    return passing_block(q, k, v, low, high, scale=scale).lse
+  if kind == 'top_k':
+    return jnp.zeros(q.shape[:3], jnp.float32)
+
+  def one(row):  # an ablation: a chunk at a time
+    q, low, high = (x[:, None] for x in row)
+    scores = token_scores(q, k, scale=scale)
+    mask = soft_vote.candidates(low, high, k.shape[2])
+    return soft_vote.head_stats(scores, mask, kind, n_best)[:, 0]
+
+  rows = (q.swapaxes(0, 1), low.T, high.T)
+  return lax.map(one, rows).swapaxes(0, 1)
+
+
+def chunk_votes(
+  q: Float[Array, 'B R N H'],
+  stats: Float[Array, 'B R N'],
+  k: Float[Array, 'B K S H'],
+  high: Int32[Array, 'B R'],
+  *,
+  kind: soft_vote.Kind,
+  scale: float,
+  model: str | None = None,
+) -> Float[Array, 'B R S']:
+  """Votes of all heads; meaningless outside a chunk's candidates.
+
+  Args:
+    q: pooled queries of R chunks, or their `voters`.
+    stats: from `chunk_stats`.
+    k: keys.
+    high: one past each chunk's last candidate.
+    kind: of vote.
+    scale: of logits.
+    model: mesh axis that shards heads; None: it does not.
+  """
+  batch, rows, heads, _ = q.shape
+  length = k.shape[2]
+  tile = _tile(length, TILE_SCORES // (batch * rows * heads))
+
+  def visit(j, found):
+    keys = lax.dynamic_slice_in_dim(k, j * tile, tile, axis=2)
+    part = soft_vote.votes(token_scores(q, keys, scale=scale), stats, kind)
+    return lax.dynamic_update_slice_in_dim(found, part, j * tile, axis=2)
+
+  found = jnp.zeros((batch, rows, length), jnp.float32)
+  found = lax.fori_loop(0, (jnp.max(high) + tile - 1) // tile, visit, found)
+  return soft_vote.over_heads(found, model)
+
+
+def _tile(length: int, limit: int) -> int:
+  """The largest divisor of `length` that is at most `limit`, and at least 1.
+
+  Prompts are padded to multiples of 128, so that it is a large one.
+  """
+  parts = max(1, -(-length // max(limit, 1)))
+  return next(length // n for n in range(parts, length + 1) if length % n == 0)

@@ -1,0 +1,161 @@
+"""Tokens of a cache by number, and the ones that decode reads until it selects.
+
+Numbers count a shard's own tokens in the order of arrival, which is the order
+of their positions. The list of a row is the same for all its heads.
+"""
+
+import dataclasses
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+
+from kernels_pallas.keys import NEVER, Pages
+from lcx.cache import DenseCache
+from lcx.methods.base import Context
+
+PAGE = 64  # of a working set, as kernels see it
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WorkingSet:
+  """What decode reads until it selects again: the Selection Cache.
+
+  Attributes:
+    query: the pooled, unrotated query that selected (C_Q of algorithm 1).
+    k: keys of the list (C_I) and of what came since, in ascending order.
+    v: their values.
+    held: int32 tokens that this shard's piece holds, a row.
+    total: int32 tokens that all shards hold.
+    age: int32 tokens that came since the selection.
+    expected: int32 position of the next token; anything else selects anew.
+  """
+
+  query: Float[Array, 'B N H']
+  k: Float[Array, 'B K W H']
+  v: Float[Array, 'B K W H']
+  held: Int32[Array, 'B']
+  total: Int32[Array, 'B']
+  age: Int32[Array, 'B']
+  expected: Int32[Array, 'B']
+
+  def appended(
+    self,
+    k: Float[Array, 'B 1 K H'],
+    v: Float[Array, 'B 1 K H'],
+    count: Int32[Array, 'B'],
+    mine: Bool[Array, 'B'],
+  ) -> Self:
+    """With one more token behind the rows whose count is not 0.
+
+    Args:
+      k: rotated keys.
+      v: values.
+      count: 0 or 1.
+      mine: whether it lives on this shard.
+    """
+    row = jnp.arange(k.shape[0])
+    slot = jnp.where(mine & (count > 0), self.held, NEVER)
+
+    def put(kept, new):
+      new = new[:, 0].astype(kept.dtype)
+      return kept.at[row, :, slot].set(new, mode='drop')
+
+    return dataclasses.replace(
+      self,
+      k=put(self.k, k),
+      v=put(self.v, v),
+      held=self.held + jnp.where(mine, count, 0),
+      total=self.total + count,
+      age=self.age + count,
+      expected=self.expected + count,
+    )
+
+  def where(self, rows: Bool[Array, 'B'], other: Self) -> Self:
+    """These rows, and those of another working set elsewhere."""
+
+    def pick(x, y):
+      return jnp.where(rows.reshape(-1, *[1] * (x.ndim - 1)), x, y)
+
+    return jax.tree.map(pick, self, other)
+
+  def pages(self):
+    """The working set as (pages, ids, starts), places counted as positions."""
+    batch, kv_heads, width, dim = self.k.shape
+    shape = (-1, PAGE, dim)
+    n = width // PAGE
+    start = jnp.arange(n, dtype=jnp.int32) * PAGE
+    ids = jnp.arange(batch * kv_heads * n, dtype=jnp.int32)
+    ids = ids.reshape(batch, kv_heads, n)
+    ids = jnp.where(start < self.held[:, None, None], ids, -1)
+    starts = jnp.broadcast_to(start, ids.shape)
+    return Pages(self.k.reshape(shape), self.v.reshape(shape)), ids, starts
+
+
+def below(
+  starts: Int32[Array, 'B W'], cache, position: Int32[Array, 'B']
+) -> Int32[Array, 'B']:
+  """How many of this shard's tokens stand before a position."""
+  n = jnp.clip(position[:, None] - starts, 0, cache.page)
+  return jnp.minimum(jnp.sum(n, axis=1, dtype=jnp.int32), cache.used)
+
+
+def rows(cache, listed: Int32[Array, 'B n']) -> Int32[Array, 'B K n']:
+  """Places page * page_size + slot in the cache's pool, of tokens by number."""
+  ids = cache.page_ids()
+  page = jnp.broadcast_to(
+    (listed // cache.page)[:, None], (*ids.shape[:2], listed.shape[1])
+  )
+  ids = jnp.maximum(jnp.take_along_axis(ids, page, axis=2), 0)
+  return ids * cache.page + (listed % cache.page)[:, None]
+
+
+def gather(cache, listed: Int32[Array, 'B n'], dtype):
+  """Keys and values [B K n H] of some tokens, the same for all heads."""
+  return cache.pages().tokens(rows(cache, listed)).read((), dtype)
+
+
+def all_keys(cache, dtype) -> Float[Array, 'B K S H']:
+  """Every key of this shard; free in a dense cache."""
+  if isinstance(cache, DenseCache):
+    return cache.k
+  k, _ = cache.pages().read(jnp.maximum(cache.page_ids(), 0), dtype)
+  return k.reshape(*k.shape[:2], -1, k.shape[-1])
+
+
+def read(cache, page: int, dtype, index: Int32[Array, 'B M']):
+  """Keys [B K M page H] of pages of the bounds, which divide the cache's."""
+  small = jax.tree.map(
+    lambda x: x.reshape(-1, page, *x.shape[2:]), cache.pages()
+  )
+  small = dataclasses.replace(
+    small, v=small.k, v_scale=small.k_scale, v_zero=small.k_zero
+  )
+  return small.read(rows(cache, index * page) // page, dtype)[0]
+
+
+def ranks(cache, starts, listed, held, seq: str) -> Int32[Array, 'B n']:
+  """Place of each listed token in the list of all shards."""
+  place = jnp.arange(listed.shape[1], dtype=jnp.int32)
+  place = jnp.broadcast_to(place, listed.shape)
+  if jax.lax.axis_size(seq) == 1:
+    return place
+  start = jnp.take_along_axis(starts, listed // cache.page, axis=1)
+  at = jnp.where(place < held[:, None], start + listed % cache.page, NEVER)
+  everyone = jax.lax.all_gather(at, seq, axis=1, tiled=True)
+  everyone = jnp.sort(everyone, axis=1)
+  rank = jax.vmap(jnp.searchsorted)(everyone, at)
+  return rank.astype(jnp.int32)
+
+
+def on_this_shard(ctx: Context) -> Bool[Array, 'B T']:
+  """Which new tokens `shards.append` has put here."""
+  size = jax.lax.axis_size(ctx.axes.seq)
+  if size == 1:
+    return ctx.valid
+  me = jax.lax.axis_index(ctx.axes.seq)
+  fills = ctx.positions < ctx.tail.until[:, None]
+  here = jnp.where(fills, (ctx.tail.shard == me)[:, None], me == size - 1)
+  return ctx.valid & here
