@@ -14,7 +14,7 @@ def get_config(arg=''):
   arg = common.parse_arg(arg, method='')
   config = common.base('evaluate', 'Quickstart: needles in natural text')
   config.model = '.cache/models/SmolLM2-135M-Instruct.Q4_1.gguf'
-  config.dtype = 'float32'
+  config.dtype = 'auto'
   # One budget for both, below half of 1K tokens: there is something to lose.
   window = {'sink': 16, 'recent': 368}
   config.methods = common.methods(

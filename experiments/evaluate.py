@@ -49,7 +49,7 @@ class Config:
     protocols: `whole`: context and question together; `context_first`: the
       context is prefilled before the question is seen.
     seed: of the samples (and of random weights).
-    dtype: of weights and activations.
+    dtype: of weights and activations; 'auto': float32 on a CPU, else bfloat16.
     batch: sequences a prefill.
     capacity: tokens of the cache; 0: the length, in whole pages.
     max_new_tokens: of an answer; 0: what the task says.
@@ -66,7 +66,7 @@ class Config:
   title: str = 'evaluation'
   protocols: tuple[Protocol, ...] = ('whole',)
   seed: int = 0
-  dtype: Literal['float32', 'bfloat16'] = 'float32'
+  dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'
   batch: int = 1
   capacity: int = 0
   max_new_tokens: int = 0
@@ -100,6 +100,12 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     OSError: the model cannot be read, or the workdir cannot be written.
     Failure: some rows have no score.
   """
+  if config.dtype == 'auto':
+    import jax
+
+    on_cpu = jax.default_backend() == 'cpu'
+    dtype = 'float32' if on_cpu else 'bfloat16'
+    config = dataclasses.replace(config, dtype=dtype)
   variants = [_variant(label, f) for label, f in config.methods.items()]
   tasks = {
     label: _task(label, f, config.max_new_tokens)
