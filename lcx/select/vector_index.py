@@ -215,3 +215,15 @@ def from_bytes(data: bytes, numbers: Numbers, of: str) -> list[Index]:
   from lcx.select import vector_index_faiss
 
   return [vector_index_faiss.FaissIndex.load(h) for h in heads]
+
+
+def save(path: str, data: bytes) -> None:
+  """Puts a file there whole or not at all."""
+  import os
+  import tempfile
+
+  folder = os.path.dirname(path)
+  os.makedirs(folder, exist_ok=True)
+  with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+    file.write(data)
+  os.replace(file.name, path)
