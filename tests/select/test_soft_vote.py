@@ -1,0 +1,220 @@
+"""Votes against their definition; pruned lists against full ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+
+from lcx.select import soft_vote
+from lcx.select.chunk_votes import chunk_stats, chunk_votes
+from lcx.select.pruned_scoring import lost_votes, pruned_tokens
+from lcx.select.top_tokens import top_tokens, with_ends
+
+HEADS, KV_HEADS, DIM, LENGTH, PAGE = 4, 2, 8, 64, 8
+
+
+def draw(seed, length=LENGTH, spread=1.0, batch=1):
+  """q [B N H], k [B K S H]; pages of keys are alike where spread is small."""
+  rng = np.random.default_rng(seed)
+  q = rng.normal(size=(batch, HEADS, DIM))
+  k = rng.normal(size=(batch, KV_HEADS, length // PAGE, 1, DIM))
+  k = k + spread * rng.normal(size=(batch, KV_HEADS, length // PAGE, PAGE, DIM))
+  k = k.reshape(batch, KV_HEADS, length, DIM)
+  return jnp.asarray(q, jnp.float32), jnp.asarray(k, jnp.float32)
+
+
+def expected_votes(q, k, low, high, kind, n_best, scale=1.0):
+  """Of one row, in float64: query head h reads kv head h // G."""
+  total = np.zeros(k.shape[1])
+  for h in range(HEADS):
+    scores = scale * np.float64(k[h // (HEADS // KV_HEADS)]) @ np.float64(q[h])
+    some = scores[low:high]
+    if kind == 'top_k':
+      total[low:high] += some
+    elif kind == 'head_vote':
+      total[low + np.argsort(-some, kind='stable')[:n_best]] += 1
+    else:
+      weight = np.exp(some - some.max())
+      total[low:high] += weight / weight.sum()
+  return total
+
+
+def best(votes, low, high, n):
+  order = np.argsort(-votes[low:high], kind='stable')[:n]
+  return sorted(int(low + i) for i in order)
+
+
+def listed(chosen, count):
+  return [int(i) for i in np.asarray(chosen)[: int(count)]]
+
+
+@pytest.mark.parametrize('kind', soft_vote.KINDS)
+def test_votes_are_the_definition(kind):
+  q, k = draw(0)
+  low, high = jnp.array([5]), jnp.array([57])
+  how = {'kind': kind, 'k': 9, 'scale': 0.7}
+  votes = soft_vote.all_votes(q, k, low, high, **how)
+  want = expected_votes(q[0], k[0], 5, 57, kind, 9, 0.7)
+  np.testing.assert_allclose(votes[0, 5:57], want[5:57], rtol=1e-4, atol=1e-5)
+  assert np.all(np.isneginf(np.asarray(votes[0, :5])))
+  assert np.all(np.isneginf(np.asarray(votes[0, 57:])))
+  # The prompt's chunks vote alike, over tiles of keys.
+  at = low[:, None], high[:, None]
+  stats = chunk_stats(q[:, None], k, k, *at, kind=kind, n_best=9, scale=0.7)
+  heads = soft_vote.voters(q[:, None], KV_HEADS, kind)
+  tiled = chunk_votes(heads, stats, k, at[1], kind=kind, scale=0.7)
+  np.testing.assert_allclose(
+    tiled[0, 0, 5:57], votes[0, 5:57], rtol=1e-4, atol=1e-5
+  )
+
+
+def test_pooled_queries_are_means():
+  q = jax.random.normal(jax.random.key(0), (1, 6, HEADS, DIM))
+  valid = jnp.arange(6)[None] < 4
+  x = np.asarray(q[0, :4], np.float64)
+  mean = soft_vote.pool_queries(q, valid)[0]
+  np.testing.assert_allclose(mean, x.mean(0), rtol=1e-5, atol=1e-6)
+  norm = np.linalg.norm(x, axis=-1, keepdims=True)
+  mean = soft_vote.pool_queries(q, valid, 'l2')[0]
+  want = (x * norm).sum(0) / norm.sum(0)
+  np.testing.assert_allclose(mean, want, rtol=1e-5, atol=1e-6)
+  none = soft_vote.pool_queries(q, valid & False)
+  assert not np.any(np.asarray(none))
+
+
+def test_max_pool_stays_among_candidates():
+  votes = jnp.array([[9.0, 1.0, 5.0, 2.0, 0.0, 7.0]])
+  mask = jnp.array([[False, True, True, True, True, False]])
+  pooled = soft_vote.max_pool(votes, mask, 3)
+  inf = -np.inf
+  np.testing.assert_array_equal(pooled, [[inf, 5, 5, 5, 2, inf]])
+
+
+@given(
+  low=st.integers(0, 6),
+  middle=st.integers(0, 9),
+  tail=st.integers(0, 5),
+  seed=st.integers(0, 99),
+)
+def test_lists_ascend_without_a_gap(low, middle, tail, seed):
+  high, stop = low + middle, low + middle + tail
+  votes = np.random.default_rng(seed).integers(0, 4, 20).astype(np.float32)
+  votes[:low] = votes[high:] = -np.inf
+  chosen, count = top_tokens(jnp.asarray(votes)[None], 4)
+  found, total = with_ends(
+    chosen,
+    count,
+    low=jnp.array([low]),
+    high=jnp.array([high]),
+    stop=jnp.array([stop]),
+    width=15,
+  )
+  want = [*range(low), *best(votes, low, high, 4), *range(high, stop)]
+  assert listed(found[0], total[0]) == want
+
+
+def run_pruned(q, k, low, high, kind, n_best, scored, scale=1.0):
+  low, high = jnp.array([low]), jnp.array([high])
+  pages = k.reshape(1, KV_HEADS, -1, PAGE, DIM)
+
+  def read(index):
+    return jnp.take_along_axis(pages, index[:, None, :, None, None], axis=2)
+
+  return pruned_tokens(
+    q,
+    read,
+    (pages.min(3), pages.max(3)),
+    low,
+    high,
+    page=PAGE,
+    scored=scored,
+    k=n_best,
+    kind=kind,
+    scale=scale,
+  )
+
+
+@given(
+  seed=st.integers(0, 10**6),
+  kind=st.sampled_from(['top_k', 'soft']),
+  spread=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
+  scored=st.sampled_from([8, 16, 32, 64]),
+  low=st.integers(0, 10),
+  high=st.integers(12, LENGTH),
+)
+def test_a_certified_list_is_the_full_list(
+  seed, kind, spread, scored, low, high
+):
+  q, k = draw(seed, spread=spread)
+  q = 6 * q
+  found = run_pruned(q, k, low, high, kind, 6, scored)
+  votes = soft_vote.all_votes(
+    q, k, jnp.array([low]), jnp.array([high]), kind=kind, k=6, scale=1.0
+  )
+  whole = top_tokens(votes, 6)
+  if bool(found.certain[0]):
+    assert listed(found.chosen[0], found.count[0]) == listed(
+      whole[0][0], whole[1][0]
+    )
+  lost = float(lost_votes(votes, found.chosen, 6)[0])
+  assert -1e-5 <= lost <= 1 + 1e-5
+  if scored == LENGTH:  # every page was scored
+    assert bool(found.certain[0]) and lost < 1e-5
+
+
+@pytest.mark.parametrize('kind', ['top_k', 'soft'])
+def test_certificates_are_given_where_pages_are_alike(kind):
+  """Else the test above would be empty."""
+  given_out = 0
+  for seed in range(20):
+    q, k = draw(seed, spread=0.02)
+    given_out += bool(run_pruned(6 * q, k, 0, LENGTH, kind, 6, 32).certain[0])
+  assert given_out >= 5
+
+
+def test_a_key_that_bounds_hide_falls_back():
+  """The best token stands in a page that was not scored: no certificate."""
+  q, k = draw(3, spread=1.0)
+  found = run_pruned(q, k, 0, LENGTH, 'soft', 6, 8)
+  assert not bool(found.certain[0])
+
+
+@pytest.mark.xdist_group('mesh')
+@pytest.mark.parametrize('kind', soft_vote.KINDS)
+def test_shards_choose_what_one_device_chooses(kind):
+  q, k = draw(5, batch=2)
+  mesh = jax.make_mesh(
+    (2, 2), ('seq', 'model'), axis_types=(jax.sharding.AxisType.Auto,) * 2
+  )
+  low, high = jnp.array([3, 0]), jnp.array([60, 50])
+  half = LENGTH // 2
+
+  def choose(q, k):
+    first = jax.lax.axis_index('seq') * half
+    votes = soft_vote.all_votes(
+      q,
+      k,
+      jnp.clip(low - first, 0, half),
+      jnp.clip(high - first, 0, half),
+      kind=kind,
+      k=40,
+      scale=1.0,
+      model='model',
+      seq='seq',
+    )
+    chosen, _ = top_tokens(votes, 40, 'seq')
+    return jnp.where(chosen < half, chosen + first, chosen)
+
+  sharded = jax.shard_map(
+    choose,
+    mesh=mesh,
+    in_specs=(P(None, 'model'), P(None, 'model', 'seq')),
+    out_specs=P(None, 'seq'),
+    check_vma=False,
+  )
+  got = np.sort(np.asarray(jax.jit(sharded)(q, k)), axis=1)[:, :40]
+  votes = soft_vote.all_votes(q, k, low, high, kind=kind, k=40, scale=1.0)
+  np.testing.assert_array_equal(got, top_tokens(votes, 40)[0])
