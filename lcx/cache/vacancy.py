@@ -66,11 +66,30 @@ class Vacancy:
   ) -> tuple[Int32[Array, 'B *n'], 'Vacancy']:
     """A page for every True, -1 elsewhere; they must have been granted."""
     flat = wanted.reshape(-1)
-    rank = jnp.cumsum(flat, dtype=jnp.int32) - 1
-    ids = self.order.at[self.taken[0] + rank].get(mode='clip')
+    ids = self.order.at[self.taken[0] + _before(flat)].get(mode='clip')
     ids = jnp.where(flat, ids, -1).reshape(wanted.shape)
     total = jnp.sum(flat, dtype=jnp.int32)
     return ids, dataclasses.replace(self, taken=self.taken + total)
+
+
+def _before(flags: Bool[Array, 'n']) -> Int32[Array, 'n']:
+  """How many flags before each are True.
+
+  Sums over triangles in two levels, which fuse with their neighbours: a
+  cumulative sum is a library call of its own on GPUs, several launches in
+  every layer of every decoded token.
+  """
+  n = flags.size
+  width = min(n, 128)
+  rows = jnp.pad(flags, (0, -n % width)).reshape(-1, width)
+
+  def earlier(size):
+    return jnp.tril(jnp.ones((size, size), bool), -1)
+
+  inside = jnp.sum(rows[:, None] & earlier(width), axis=2, dtype=jnp.int32)
+  each = jnp.sum(rows, axis=1, dtype=jnp.int32)
+  above = jnp.sum(jnp.where(earlier(each.size), each, 0), axis=1)
+  return (above[:, None] + inside).reshape(-1)[:n]
 
 
 def _per_row(wanted: Bool[Array, 'B *n']) -> Int32[Array, 'B']:
