@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import time
+import weakref
 from typing import Any, Literal
 
 import jax
@@ -10,14 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcx import sharding
-from lcx.cache import CacheShape, Shards
+from lcx.cache import CacheShape, Host, HostCache, Shards
 from lcx.cache.base import ROWS
+from lcx.cache.host_calls import host_fault
 from lcx.engine import steps
 from lcx.engine.buckets import bucket
+from lcx.engine.meter import Meter
+from lcx.engine.readings import Reading, Readings
 from lcx.engine.sampling import Sampling, make_sampling
 from lcx.methods.base import Layout, Method, Prompt, Tail
 from lcx.models.config import ModelConfig
 from lcx.models.transformer import Weights, weight_specs
+from lcx.sharding import to_host
 
 Protocol = Literal['whole', 'context_first']
 DECODE_ROOM = 64  # tokens chosen a dispatch, at most
@@ -37,6 +42,7 @@ class Session:
     prompt_lengths: int [B] of what the prefill read.
     sums: what attention did since the prefill, by name, float [B].
     prefill_sums: the same of the prefill.
+    shared_ms: time of a shared prefill, which was not spent here.
   """
 
   caches: tuple
@@ -48,6 +54,7 @@ class Session:
   prompt_lengths: np.ndarray
   sums: dict[str, np.ndarray]
   prefill_sums: dict[str, np.ndarray]
+  shared_ms: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +95,7 @@ class Engine:
     room: of `capacity`, tokens that come after the prompt (they live on the
       last sequence shard).
     trace: sums keys attended; off, results say 0.
+    readings: dense prefills shared with other engines of the same weights.
 
   Raises:
     ValueError: a part refuses the model or the capacity, or the mesh does not
@@ -105,6 +113,7 @@ class Engine:
     mesh: jax.sharding.Mesh | None = None,
     room: int = 256,
     trace: bool = True,
+    readings: Readings | None = None,
   ):
     mesh = mesh if mesh is not None else sharding.make_mesh()
     if batch % mesh.shape['data']:
@@ -113,12 +122,21 @@ class Engine:
       )
     for part in (method.prefill, method.decode):
       part.check(config, capacity)
+    if isinstance(method.cache, Host):
+      method.cache.check(config, capacity, batch, method.decode)
+    method.prefill.pieces(mesh.shape['seq'])  # refuses what does not divide
     self.config, self.method, self.mesh = config, method, mesh
     self.batch, self.capacity, self.room = batch, capacity, room
     self.plan = steps.Plan(config, method, mesh, trace)
     specs = weight_specs(config, mesh)
-    self.weights = jax.device_put(weights, sharding.named(mesh, specs))
+    self.weights = sharding.place(weights, sharding.named(mesh, specs))
+    self.learned: tuple = ((),) * config.n_layers
+    learned = method.prefill.learned(config)
+    if learned is not None:
+      where = sharding.named(mesh, self.plan.learned_specs())
+      self.learned = tuple(sharding.place(x, where) for x in learned)
     self.compilations, self.compile_s = 0, 0.0
+    self._readings = readings
     self._programs: dict[Any, Any] = {}
 
   # Programs.
@@ -142,10 +160,10 @@ class Engine:
   def _rows(self, x, *spec):
     """An array with leading rows, placed on the mesh."""
     spec = jax.sharding.PartitionSpec('data', *spec)
-    return jax.device_put(x, jax.sharding.NamedSharding(self.mesh, spec))
+    return sharding.place(x, jax.sharding.NamedSharding(self.mesh, spec))
 
   def _scalar(self, value: int):
-    return jax.device_put(
+    return sharding.place(
       np.int32(value),
       jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec()),
     )
@@ -218,46 +236,87 @@ class Engine:
     positions = self._rows(positions, 'seq')
     source = self._rows(source, 'seq')
     valid = self._rows(valid, 'seq')
-    caches, states = self._empty()
-    x = self._call(
-      'embed',
-      steps.embed_tokens,
-      self.weights.embed,
-      self._rows(tokens, 'seq'),
+    found = self._read(tokens, (positions, source, valid, lengths), last, room)
+    zeros = jax.tree.map(np.zeros_like, found.sums)
+    session = Session(
+      found.filled[0],
+      found.filled[1],
+      lengths,
+      found.scores,
+      tail,
+      (),
+      read,
+      zeros,
+      found.sums,
+      found.shared_ms,
     )
-    caches, states, sums = list(caches), list(states), []
+    for cache in session.caches:
+      if isinstance(cache, HostCache):  # its memory is not the arrays'
+        weakref.finalize(session, cache.owned())
+    rest = [w[n:] for w, n in zip(wholes, read, strict=True)]
+    if any(len(r) for r in rest):
+      self.extend(session, rest)
+    return session
+
+  def _read(self, tokens, places, last, room: int) -> Reading:
+    """All layers over the prompt; a shared dense prefill is not done again."""
+    shared = self._readings
+    if shared is not None and not shared.fits(self.plan, tokens.shape):
+      shared = None
+    key = (tokens.tobytes(), tokens.shape)
+    known = shared.get(key) if shared is not None else None
+    caches, states = map(list, self._empty())
+    start, compiled = time.perf_counter(), self.compile_s
+    inputs, sums, x = [], [], None
+    if known is None:
+      tokens = self._rows(tokens, 'seq')
+      x = self._call('embed', steps.embed_tokens, self.weights.embed, tokens)
     for i, layer in enumerate(self.weights.layers):
+      rest = (*places, self._scalar(i), self._scalar(0))
+      if known is not None:
+        caches[i], states[i] = self._call(
+          'fill',
+          steps.fill_layer,
+          layer,
+          known.inputs[i],
+          caches[i],
+          states[i],
+          *rest,
+          donate=(2, 3),
+          room=room,
+        )
+        continue
+      if shared is not None:
+        inputs.append(x)
       x, caches[i], states[i], more = self._call(
-        'prefill',
+        'prefill' if shared is None else 'prefill kept',
         steps.prefill_layer,
         layer,
         x,
         caches[i],
         states[i],
-        positions,
-        source,
-        valid,
-        lengths,
-        self._scalar(i),
-        self._scalar(0),
-        donate=(1, 2, 3),
+        *rest,
+        donate=(1, 2, 3) if shared is None else (2, 3),
         room=room,
       )
       sums.append(more)
     for i in range(len(caches)):
       states[i] = self._call('start', steps.start_layer, caches[i], states[i])
+    filled = tuple(caches), tuple(states)
+    if known is not None:
+      return dataclasses.replace(
+        known, filled=filled, scores=jnp.copy(known.scores)
+      )
     scores = self._call(
       'logits', steps.last_logits, self.weights, x, self._rows(last)
     )
     sums = jax.tree.map(lambda *s: np.sum([np.asarray(a) for a in s], 0), *sums)
-    zeros = jax.tree.map(np.zeros_like, sums)
-    session = Session(
-      tuple(caches), tuple(states), lengths, scores, tail, (), read, zeros, sums
-    )
-    rest = [w[n:] for w, n in zip(wholes, read, strict=True)]
-    if any(len(r) for r in rest):
-      self.extend(session, rest)
-    return session
+    found = Reading(filled, scores, sums)
+    if shared is not None:
+      jax.block_until_ready(scores)
+      ms = 1e3 * (time.perf_counter() - start - self.compile_s + compiled)
+      shared.put(key, found, tuple(inputs), ms)
+    return found
 
   def _tail(self, source, last, read) -> Tail:
     """The seq shard of each row's last token, and where its page ends."""
@@ -273,6 +332,43 @@ class Engine:
     Raises:
       ValueError: they do not fit into the capacity.
     """
+    piece = self.method.decode.max_queries
+    for scores, fed in self._feed(session, tokens, piece, steps.few_tokens):
+      session.scores = self._rows(
+        jnp.where(fed[:, None] > 0, scores, session.scores)
+      )
+
+  def score(
+    self, session: Session, tokens: list[np.ndarray], piece: int = 0
+  ) -> list[np.ndarray]:
+    """Feeds as `extend`, and returns what the model says of every token.
+
+    Args:
+      session: goes on after the tokens.
+      tokens: of each row.
+      piece: tokens fed at once, of which a method may select keys together; 1
+        is what decoding does; 0: as many as the method takes.
+
+    Returns:
+      float32 [n V] a row: row i of it are the logits before its token i.
+
+    Raises:
+      ValueError: they do not fit into the capacity.
+    """
+    most = self.method.decode.max_queries
+    logits = [[np.asarray(x)[None]] for x in np.asarray(session.scores)]
+    for scores, fed in self._feed(
+      session, tokens, min(piece or most, most), steps.every_logits
+    ):
+      scores, fed = np.asarray(scores), np.asarray(fed)
+      for row, n in enumerate(fed):
+        logits[row].append(scores[row, :n])
+    logits = [np.concatenate(x) for x in logits]
+    session.scores = self._rows(np.stack([x[-1] for x in logits]))
+    return [x[:-1] for x in logits[: len(tokens)]]
+
+  def _feed(self, session: Session, tokens, piece: int, function):
+    """Yields (what `function` says, tokens fed a row), piece by piece."""
     tokens = tokens + tokens[-1:] * (self.batch - len(tokens))
     longest = max(len(t) for t in tokens)
     after = np.asarray(session.lengths) + np.array([len(t) for t in tokens])
@@ -280,9 +376,9 @@ class Engine:
       raise ValueError(
         f'{np.max(after)} tokens exceed the cache of {self.capacity}'
       )
-    piece = self.method.decode.max_queries
+    width = self.method.decode.max_queries
     for first in range(0, longest, piece):
-      part = np.zeros((self.batch, piece), np.int32)
+      part = np.zeros((self.batch, width), np.int32)
       count = np.zeros((self.batch,), np.int32)
       for row, t in enumerate(tokens):
         t = t[first : first + piece]
@@ -290,8 +386,8 @@ class Engine:
         count[row] = len(t)
       fed = self._rows(count)
       scores, session.caches, session.states, sums = self._call(
-        'few',
-        steps.few_tokens,
+        function.__name__,
+        function,
         self.weights,
         session.caches,
         session.states,
@@ -302,11 +398,9 @@ class Engine:
         self._scalar(first),
         donate=(1, 2),
       )
-      session.scores = self._rows(
-        jnp.where(fed[:, None] > 0, scores, session.scores)
-      )
       session.lengths = self._rows(session.lengths + fed)
       _add(session, sums)
+      yield scores, fed
 
   def decode(
     self, session: Session, n: int, sampling: Sampling | None = None
@@ -315,12 +409,13 @@ class Engine:
 
     Returns:
       Tokens of each row (the stop token included, where one came) and a status
-      of each row: 'ok', 'nan' (logits were not finite) or 'out_of_pages'.
+      of each row: 'ok', 'nan' (logits were not finite), 'out_of_pages', or
+      'host_full', 'host_gone', 'host_failed' where a host tier lost the row.
     """
     sampling = sampling or make_sampling(self.batch)
-    if int(np.max(np.asarray(session.lengths))) + n > self.capacity:
+    if int(np.max(to_host(session.lengths))) + n > self.capacity:
       raise ValueError(
-        f'{n} more tokens after {int(np.max(np.asarray(session.lengths)))} '
+        f'{n} more tokens after {int(np.max(to_host(session.lengths)))} '
         f'exceed the cache of {self.capacity}: raise the capacity'
       )
     sampling = jax.tree.map(self._rows, sampling)
@@ -347,15 +442,14 @@ class Engine:
       session.lengths, done = self._rows(session.lengths), self._rows(done)
       session.scores = self._rows(session.scores)
       _add(session, sums)
-      finite &= np.asarray(ok)
-      for row, line in zip(tokens, np.asarray(chosen), strict=True):
+      finite &= to_host(ok)
+      for row, line in zip(tokens, to_host(chosen), strict=True):
         row.extend(int(t) for t in line if t >= 0)
-      if np.all(np.asarray(done)):
+      if np.all(to_host(done)):
         break
-    full = self._out_of_pages(session)
+    ended = self._ended(session)
     return tokens, [
-      'nan' if not finite[b] else 'out_of_pages' if full[b] else 'ok'
-      for b in range(self.batch)
+      ended[b] if finite[b] else 'nan' for b in range(self.batch)
     ]
 
   def mark(self, session: Session) -> Session:
@@ -419,22 +513,22 @@ class Engine:
     session = mark = None
     read_ms = 0.0
     for i in range(counts.pop()):
-      meter = _Meter(self)
+      meter = Meter(self)
       if protocol == 'whole':
         session = self.prefill(prompts, i)
-        read_ms = meter.lap(session.scores)
+        read_ms = meter.lap(session.scores) + session.shared_ms
       elif protocol == 'context_first':
-        if session is None:
+        if session is None or mark is None:
           session = self.prefill(prompts)
           mark = self.mark(session)
-          read_ms = meter.lap(session.scores)
+          read_ms = meter.lap(session.scores) + session.shared_ms
         else:
           self.rewind(session, mark)
         self.extend(session, [p.question(i) for p in prompts])
         meter.lap(session.scores)
       else:
         raise ValueError(f"{protocol=} must be 'whole' or 'context_first'")
-      lengths = np.asarray(session.lengths)
+      lengths = to_host(session.lengths)
       tokens, status = self.decode(session, max_new_tokens, sampling)
       spent = meter.lap(session.scores)
       steps_done = max(1, max(len(t) for t in tokens))
@@ -463,13 +557,13 @@ class Engine:
       return float(sums['keys'][row]) / pairs if pairs else 1.0
 
     keys = float(spent['keys'][row]) if 'keys' in spent else 0.0
-    queries = np.asarray(session.lengths)[row] - session.prompt_lengths[row]
+    queries = to_host(session.lengths)[row] - session.prompt_lengths[row]
     per = self.config.n_layers * self.config.n_heads * max(1, int(queries))
     size = {
       tier: sum(sum(c.nbytes(tier).values()) for c in session.caches)
       for tier in ('device', 'host')
     }
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     skip = {'keys', 'pairs', 'mass'}
     return Generation(
       tokens=tokens,
@@ -489,44 +583,16 @@ class Engine:
       counters={k: float(v[row]) for k, v in spent.items() if k not in skip},
     )
 
-  def _out_of_pages(self, session: Session) -> np.ndarray:
-    full = np.zeros(self.batch, bool)
+  def _ended(self, session: Session) -> list[str]:
+    """'ok', or what a row's caches say."""
+    worst = np.zeros(self.batch, np.int32)
     for cache in session.caches:
-      status = getattr(cache, 'status', None)
-      if status is not None:
-        full |= np.asarray(status).reshape(self.batch, -1).any(axis=1)
-    return full
-
-
-class _Meter:
-  """Wall time in milliseconds, compilation taken out and counted apart."""
-
-  def __init__(self, engine: Engine):
-    self._engine = engine
-    self._programs = engine.compilations
-    self._compile = engine.compile_s
-    self._reset()
-
-  def _reset(self):
-    self._start = time.perf_counter()
-    self._before = self._engine.compile_s
-
-  def lap(self, ready: Any) -> float:
-    jax.block_until_ready(ready)
-    wall = time.perf_counter() - self._start
-    wall -= self._engine.compile_s - self._before
-    self._reset()
-    return 1e3 * wall
-
-  @property
-  def compilations(self) -> int:
-    return self._engine.compilations - self._programs
-
-  @property
-  def compile_s(self) -> float:
-    return self._engine.compile_s - self._compile
+      if hasattr(cache, 'status'):
+        status = to_host(cache.status).reshape(self.batch, -1).max(axis=1)
+        worst = np.maximum(worst, status)
+    return ['ok' if w == 0 else host_fault(w) or 'out_of_pages' for w in worst]
 
 
 def _add(session: Session, sums: dict[str, Any]) -> None:
   for name, value in sums.items():
-    session.sums[name] = session.sums.get(name, 0.0) + np.asarray(value)
+    session.sums[name] = session.sums.get(name, 0.0) + to_host(value)

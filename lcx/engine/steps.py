@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from lcx.engine.sampling import Sampling, sample, stops
 from lcx.methods.base import Axes, Context, Method, Tail, Trace
+from lcx.methods.dense import DensePrefill
 from lcx.models.config import ModelConfig
 from lcx.models.transformer import (
   Weights,
@@ -55,6 +56,9 @@ class Plan:
 
   def state_specs(self):
     return self.method.decode.state_specs(AXES)
+
+  def learned_specs(self):
+    return self.method.prefill.learned_specs(AXES)
 
   def place(self, x, *spec):
     """Pins an array's sharding, so that programs fit one another."""
@@ -103,6 +107,7 @@ def prefill_layer(
   lengths: Int32[Array, 'B'],
   layer: Int32[Array, ''],
   seed: Int32[Array, ''],
+  learned: Any = (),
   *,
   plan: Plan,
   room: int,
@@ -116,10 +121,22 @@ def prefill_layer(
   method = plan.method
 
   def attend(
-    q, k, v, cache, state, positions, source, valid, lengths, layer, seed
+    q,
+    k,
+    v,
+    cache,
+    state,
+    positions,
+    source,
+    valid,
+    lengths,
+    layer,
+    seed,
+    learned,
   ):
     ctx = plan.context(
       room=room,
+      learned=learned,
       positions=positions,
       source=source,
       valid=valid,
@@ -137,12 +154,80 @@ def prefill_layer(
   out, cache, state, sums = plan.sharded(
     attend,
     (heads, heads, heads, cache_specs, state_specs)
-    + (_PROMPT, _PROMPT, _PROMPT, _ROWS, P(), P()),
+    + (_PROMPT, _PROMPT, _PROMPT, _ROWS, P(), P(), plan.learned_specs()),
     (heads, cache_specs, state_specs, _ROWS),
-  )(q, k, v, cache, state, positions, source, valid, lengths, layer, seed)
+  )(
+    q,
+    k,
+    v,
+    cache,
+    state,
+    positions,
+    source,
+    valid,
+    lengths,
+    layer,
+    seed,
+    learned,
+  )
   chunk = plan.chunk if x.shape[1] > plan.chunk else None
   x = layer_output(layer_weights, x, out, plan.config, chunk)
   return plan.place(x, AXES.data, AXES.seq), cache, state, sums
+
+
+def fill_layer(
+  layer_weights: Any,
+  x: Float[Array, 'B T D'],
+  cache: Any,
+  state: Any,
+  positions: Int32[Array, 'B T'],
+  source: Int32[Array, 'B T'],
+  valid: Bool[Array, 'B T'],
+  lengths: Int32[Array, 'B'],
+  layer: Int32[Array, ''],
+  seed: Int32[Array, ''],
+  *,
+  plan: Plan,
+  room: int,
+):
+  """`prefill_layer` of a dense prefill whose layer input is known already.
+
+  Only what differs between methods is done: the cache is filled, the decode
+  part observes; nothing is attended.
+
+  Returns:
+    (cache, state).
+  """
+  rope = make_rope(plan.config)
+  method, prefill = plan.method, plan.method.prefill
+  if not isinstance(prefill, DensePrefill):
+    raise ValueError(f'the prefill of {method.name} is not the dense one')
+
+  def fill(
+    q, k, v, cache, state, positions, source, valid, lengths, layer, seed
+  ):
+    ctx = plan.context(
+      room=room,
+      positions=positions,
+      source=source,
+      valid=valid,
+      lengths=lengths,
+      layer=layer,
+      key=jax.random.fold_in(jax.random.key(seed), layer),
+    )
+    cache = prefill.fill(k, v, rope, cache, ctx)
+    state = method.decode.observe(q, k, v, rope, state, ctx)
+    return prefill.finish(cache), state
+
+  heads = P(AXES.data, AXES.seq, AXES.model)
+  cache_specs, state_specs = plan.cache_specs(), plan.state_specs()
+  q, k, v = attention_inputs(layer_weights, x, plan.config)
+  return plan.sharded(
+    fill,
+    (heads, heads, heads, cache_specs, state_specs)
+    + (_PROMPT, _PROMPT, _PROMPT, _ROWS, P(), P()),
+    (cache_specs, state_specs),
+  )(q, k, v, cache, state, positions, source, valid, lengths, layer, seed)
 
 
 def embed_tokens(weights: Any, tokens: Int32[Array, 'B T'], *, plan: Plan):
@@ -212,6 +297,30 @@ def _few_tokens_layer(
   return layer_output(layer_weights, x, out, plan.config), cache, state, sums
 
 
+def _few_tokens(
+  weights, caches, states, tokens, lengths, tail, count, seed, plan
+):
+  """Few tokens through all layers: (x [B T D], caches, states, sums)."""
+  x = plan.place(embed(weights.embed, tokens, plan.config), AXES.data)
+  caches, states, totals = list(caches), list(states), []
+  for i, layer_weights in enumerate(weights.layers):
+    x, caches[i], states[i], sums = _few_tokens_layer(
+      layer_weights,
+      x,
+      caches[i],
+      states[i],
+      lengths,
+      tail,
+      count,
+      jnp.int32(i),
+      seed,
+      plan=plan,
+    )
+    totals.append(sums)
+  sums = jax.tree.map(lambda *s: sum(s), *totals)
+  return x, tuple(caches), tuple(states), sums
+
+
 @functools.partial(jax.jit, static_argnames='plan')
 def few_tokens(
   weights: Weights,
@@ -241,27 +350,24 @@ def few_tokens(
   Returns:
     (logits [B V] of each row's last valid token, caches, states, sums).
   """
-  x = plan.place(embed(weights.embed, tokens, plan.config), AXES.data)
-  caches, states, totals = list(caches), list(states), []
-  for i, layer_weights in enumerate(weights.layers):
-    x, caches[i], states[i], sums = _few_tokens_layer(
-      layer_weights,
-      x,
-      caches[i],
-      states[i],
-      lengths,
-      tail,
-      count,
-      jnp.int32(i),
-      seed,
-      plan=plan,
-    )
-    totals.append(sums)
+  x, caches, states, sums = _few_tokens(
+    weights, caches, states, tokens, lengths, tail, count, seed, plan
+  )
   last = jnp.maximum(count - 1, 0)
   x = jnp.take_along_axis(x, last[:, None, None], axis=1)
   scores = plan.place(logits(weights, x, plan.config)[:, 0], AXES.data)
-  sums = jax.tree.map(lambda *s: sum(s), *totals)
-  return scores, tuple(caches), tuple(states), sums
+  return scores, caches, states, sums
+
+
+def every_logits(
+  weights, caches, states, tokens, lengths, tail, count, seed, *, plan: Plan
+):
+  """As `few_tokens`, with the logits [B T V] after every token."""
+  x, caches, states, sums = _few_tokens(
+    weights, caches, states, tokens, lengths, tail, count, seed, plan
+  )
+  scores = plan.place(logits(weights, x, plan.config), AXES.data)
+  return scores, caches, states, sums
 
 
 def decode_loop(

@@ -34,6 +34,10 @@ class DensePrefill(Prefill):
     )
     return out, cache, dense_trace(q, ctx)
 
+  def fill(self, k, v, rope: Rope, cache, ctx: Context):
+    """What `attend` does to the cache, without the attention."""
+    return shards.store(cache, k, rope(k, ctx.positions), v, ctx)
+
 
 @dataclasses.dataclass(frozen=True)
 class DenseDecode(Decode):
