@@ -2,6 +2,7 @@
 
 from lcx.cache.base import Cache, CacheConfig, CacheShape, Shards, Status
 from lcx.cache.dense import Dense, DenseCache
+from lcx.cache.host import Host, HostCache
 from lcx.cache.paged import Paged
 from lcx.cache.paged_cache import PagedCache
 
@@ -11,6 +12,7 @@ CONFIGS = {
   'paged': Paged(),
   'paged_int8': Paged(bits=8),
   'paged_int4': Paged(bits=4),
+  'host': Host(),
 }
 
 __all__ = [
@@ -20,6 +22,8 @@ __all__ = [
   'CacheShape',
   'Dense',
   'DenseCache',
+  'Host',
+  'HostCache',
   'Paged',
   'PagedCache',
   'Shards',

@@ -6,8 +6,14 @@ numbered by arrival. What the device does not hold, [first, until), is attended:
   index    tokens that were there when the index was built, or joined since
   fresh    tokens since: scanned, until a block of them joins
 
-A search that is seen to miss keys is widened: twice the effort, twice the keys,
-all keys.
+A search is widened where it may have failed, for the queries concerned alone:
+
+  far      a query unlike those that were seen while the prompt was read starts
+           with twice the effort and twice the keys
+  missed   a sampled key beats the middle one of those found: twice the effort,
+           then twice the effort and the keys, then all keys
+  poor     what was found, with what the device holds, has less than `mass` of
+           the softmax: four times the keys, up to `most`
 """
 
 import concurrent.futures
@@ -24,7 +30,11 @@ from lcx.select import vector_index as vi
 _GROW = 1024  # tokens by which a row grows at least
 _SAMPLE = 256  # keys whose scores tell what a search left out
 _JOIN = 512  # fresh tokens that join an index together
-COUNTERS = ('scored', 'attended', 'more_effort', 'more_keys', 'exact')
+_BLOCK = 16384  # keys of an exact scan that are widened to float32 at a time
+_FAR = 1.25  # over the farthest held-out query's distance: a far one
+# Of query heads: keys scored beside the index, keys attended; queries that
+# were far, of which more effort or more keys were asked, or all keys.
+COUNTERS = ('scored', 'attended', 'far', 'more_effort', 'more_keys', 'exact')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +47,8 @@ class Search:
     first: tokens at the start that the device holds.
     recent: last tokens that the device holds, at least.
     page: tokens leave the device by pages.
-    mass: a found share of the host's softmax below which more keys are taken.
+    mass: share of a query's softmax below which more keys are taken.
+    most: keys that are taken for the sake of `mass`, at most.
   """
 
   top: int
@@ -46,6 +57,7 @@ class Search:
   recent: int
   page: int
   mass: float = 0.0
+  most: int = 2000
 
   def until(self, used: int) -> int:
     """End of what the host attends when a row holds `used` tokens."""
@@ -53,12 +65,29 @@ class Search:
 
 
 class Near(NamedTuple):
-  """`lcx.select.vector_index.Queries` of one head."""
+  """What the prompt's queries say of its keys, of one kv head.
 
-  near: np.ndarray
-  key_near: np.ndarray | None
-  held_out: np.ndarray
-  held_near: np.ndarray
+  `lcx.select.vector_index.Queries`, in positions until `Row.build` turns them
+  into numbers. `near`, `key_near` and `key_at` are None where no index of a
+  kind that uses them is built.
+
+  Attributes:
+    near: int [Q c] nearest keys of sampled queries.
+    key_near: int [T d] nearest keys of each key.
+    key_at: int [T] position of each key; -1: padding.
+    held_out: float [h H] queries that are not in `near`.
+    held_near: int [h c] their nearest keys.
+    centre: float [H] mean of the sampled queries.
+    spread: float [H] their standard deviation.
+  """
+
+  near: Any
+  key_near: Any
+  key_at: Any
+  held_out: Any
+  held_near: Any
+  centre: Any
+  spread: Any
 
 
 class Part(NamedTuple):
@@ -79,6 +108,28 @@ class Part(NamedTuple):
   search_s: float
 
 
+class Calibration(NamedTuple):
+  """Which scaled queries are like those of the prompt, a kv head."""
+
+  centre: np.ndarray
+  spread: np.ndarray
+  limit: float
+
+  @classmethod
+  def of(cls, near: Near) -> 'Calibration':
+    scale = near.held_out.shape[1] ** -0.5
+    spread = np.maximum(near.spread * scale, 1e-6)
+    found = cls(near.centre * scale, spread, np.inf)
+    held = near.held_out[near.held_near[:, 0] >= 0] * scale
+    if not len(held):
+      return found
+    return found._replace(limit=_FAR * float(found.distance(held).max()))
+
+  def distance(self, q: np.ndarray) -> np.ndarray:
+    """Mean squared deviation of q [M H] in standard deviations."""
+    return np.mean(((q - self.centre) / self.spread) ** 2, axis=1)
+
+
 class Row:
   """Keys and values [K S H] of one row, and its indexes.
 
@@ -95,12 +146,15 @@ class Row:
     self.at = np.zeros((0,), np.int32)
     self.used, self.indexed, self.build_s = 0, (0, 0), 0.0
     self.indexes: list[vi.Index] = []
+    self.calibrations: list[Calibration] = []
     self.lock = threading.Lock()
+    self._sample = np.zeros((0,), np.int64)
+    self._aside = np.zeros((n_kv_heads, 0, dim), np.float32)
     self._build: concurrent.futures.Future | None = None
 
   @property
   def nbytes(self) -> int:
-    own = self.k.nbytes + self.v.nbytes + self.at.nbytes
+    own = self.k.nbytes + self.v.nbytes + self.at.nbytes + self._aside.nbytes
     return own + sum(i.nbytes for i in self.indexes)
 
   def bytes_to_grow(self, tokens: int) -> int:
@@ -108,12 +162,8 @@ class Row:
     short = self.used + tokens - self.k.shape[1]
     if short <= 0:
       return 0
-    return (
-      self._more(short)
-      * 2
-      * self.k.shape[0]
-      * (self.k.shape[2] * self.k.itemsize)
-    )
+    per_token = 2 * self.k.shape[0] * self.k.shape[2] * self.k.itemsize
+    return self._more(short) * (per_token + self.at.itemsize)
 
   def _more(self, short: int) -> int:
     return max(short, _GROW, self.k.shape[1] // 4)
@@ -136,11 +186,12 @@ class Row:
     """Keeps the first `used` tokens, in the indexes too."""
     if used > self.used:
       raise ValueError(f'a row of {self.used} tokens cannot go on at {used}')
-    if used < self.used and used < self.indexed[1]:
+    if used < self.used:
       self.wait()
-      for index in self.indexes:
-        index.remove(used)
-      self.indexed = (self.indexed[0], max(self.indexed[0], used))
+      if used < self.indexed[1]:
+        for index in self.indexes:
+          index.remove(used)
+        self.indexed = (self.indexed[0], max(self.indexed[0], used))
     self.used = used
 
   def clone(self) -> 'Row':
@@ -161,33 +212,32 @@ class Row:
       numbers: of the indexes.
       first: first token.
       stop: behind the last one.
-      near: a `Near` a kv head, in positions; None: no sampled queries.
-      pool: where the heads are built.
+      near: a `Near` a kv head, in positions.
+      pool: where the row is built.
       folder: where indexes are kept by the fingerprint of their keys; '':
         nowhere.
     """
-    self._build = None
-    self.indexes, self.indexed = [], (first, first)
+    self._build, self.indexes, self.indexed = None, [], (first, first)
+    self.calibrations = [Calibration.of(x) for x in near]
     if stop > first:
       self._build = pool.submit(self._built, numbers, first, stop, near, folder)
 
   def _built(self, numbers, first, stop, near, folder):
     start = time.perf_counter()
-    keys = self.k[:, first:stop]
-    path = of = ''
+    keys, path, of = self.k[:, first:stop], '', ''
     if folder:
       of = vi.fingerprint(keys)
       path = os.path.join(folder, f'{of[:32]}.index')
-      if os.path.exists(path):
-        with open(path, 'rb') as file:
-          indexes = vi.from_bytes(file.read(), numbers, of)
-        return indexes, (first, stop), time.perf_counter() - start
-    indexes = []
-    for h in range(len(keys)):
-      queries = near and self._numbered(near[h], first, stop)
-      indexes.append(vi.build(numbers, keys[h], first, queries))
-    if folder:
-      vi.save(path, vi.to_bytes(indexes, numbers, of))
+    if folder and os.path.exists(path):
+      with open(path, 'rb') as file:
+        indexes = vi.from_bytes(file.read(), numbers, of)
+    else:
+      indexes = [
+        vi.build(numbers, k, first, self._numbered(x, first, stop))
+        for k, x in zip(keys, near, strict=True)
+      ]
+      if folder:
+        vi.save(path, vi.to_bytes(indexes, numbers, of))
     return indexes, (first, stop), time.perf_counter() - start
 
   def _numbered(self, near: Near, first: int, stop: int) -> Near:
@@ -200,67 +250,129 @@ class Row:
       order = np.argsort(place < 0, axis=1, kind='stable')
       return np.take_along_axis(place, order, 1)
 
-    asked = number(near.near)
-    key_near = near.key_near
-    if key_near is not None:
-      # By position of the key; a row that no key stands for is padding.
-      key_near = number(key_near[at])
-    return Near(
-      asked[asked[:, 0] >= 0], key_near, near.held_out, number(near.held_near)
+    asked, key_near = near.near, near.key_near
+    if asked is not None:
+      asked = number(asked)
+      asked = asked[asked[:, 0] >= 0]
+    if key_near is not None and near.key_at is not None:
+      order = np.argsort(near.key_at, kind='stable')
+      place = np.searchsorted(near.key_at[order], at)
+      key_near = number(key_near[order[place]])
+    return near._replace(
+      near=asked, key_near=key_near, held_near=number(near.held_near)
     )
 
   def wait(self) -> None:
-    """Takes the index over when it is built; a failed build raises here."""
-    if self._build is not None:
-      build, self._build = self._build, None
-      self.indexes, self.indexed, self.build_s = build.result()
+    """Takes the index over when it is built; a failed build raises here.
 
-  def join(self, until: int) -> None:
-    """Fresh tokens join the index, a block at a time."""
+    It raises at every call: a row whose index failed never answers without.
+    """
+    if self._build is not None:
+      self.indexes, self.indexed, self.build_s = self._build.result()
+      self._build = None
+      first, stop = self.indexed
+      draw = np.random.default_rng(0)
+      size = min(_SAMPLE, stop - first)
+      self._sample = draw.choice(stop - first, size, replace=False) + first
+      self._aside = self.k[:, self._sample].astype(np.float32)
+
+  def join(self, until: int, pool) -> None:
+    """Fresh tokens join the indexes, a block at a time, heads side by side."""
     first, stop = self.indexed
     n = (until - stop) // _JOIN * _JOIN
     if self.indexes and n > 0:
       tokens = np.arange(stop, stop + n)
-      for index, k in zip(self.indexes, self.k, strict=True):
-        index.add(k[stop : stop + n], tokens)
+      jobs = [
+        pool.submit(index.add, k[stop : stop + n], tokens)
+        for index, k in zip(self.indexes, self.k, strict=True)
+      ]
+      for job in jobs:
+        job.result()
       self.indexed = (first, stop + n)
 
   # Attention.
 
-  def attend(self, head: int, q: np.ndarray, search: Search) -> Part:
-    """Attention of scaled float32 queries [M H] over tokens of one kv head."""
+  def attend(
+    self, head: int, q: np.ndarray, device: np.ndarray, search: Search
+  ) -> Part:
+    """Attention over the host's tokens of one kv head.
+
+    Args:
+      head: which.
+      q: float32 [M H], scaled.
+      device: float32 [M] the normaliser of what the device attends.
+      search: how.
+    """
     first, until = search.first, search.until(self.used)
-    n, counts = until - first, np.zeros(len(COUNTERS))
+    n, m = until - first, len(q)
+    whole = Part(
+      np.zeros(q.shape, np.float32),
+      np.full((m,), -np.inf, np.float32),
+      np.full((m,), -np.inf, np.float32),
+      np.zeros(len(COUNTERS)),
+      0.0,
+    )
     if n <= 0:
-      m, h = q.shape
-      empty = np.full((m,), -np.inf, np.float32)
-      return Part(np.zeros((m, h), np.float32), empty, empty, counts, 0.0)
+      return whole
+    everyone = np.arange(m)
     if search.top >= n or not self.indexes:
-      return self._exact(head, q, first, until, counts, search.top)
-    k, effort, spent = search.top, search.effort, 0.0
-    sample = np.random.default_rng(0).integers(first, until, min(_SAMPLE, n))
-    aside = q @ self.k[head, sample].T.astype(np.float32)
-    for step in ('', 'more_effort', 'more_keys'):
-      if step:
-        effort *= 2
-        k *= 2 if step == 'more_keys' else 1
-        counts[COUNTERS.index(step)] += 1
+      return self._exact(whole, everyone, head, q, first, until, search.top)
+    far = np.zeros(m, bool)
+    if self.calibrations:
+      near = self.calibrations[head]
+      far = near.distance(q) > near.limit
+      whole.counts[2] += far.sum()
+    # (queries, keys, effort, times that a search missed)
+    todo = [(everyone[~far], search.top, search.effort, 0)]
+    todo += [(everyone[far], 2 * search.top, 2 * search.effort, 1)]
+    while todo:
+      rows, k, effort, misses = todo.pop()
+      if not len(rows):
+        continue
+      if misses > 2 or k >= n:
+        whole = self._exact(whole, rows, head, q, first, until, n)
+        continue
       start = time.perf_counter()
-      score, tokens = self._candidates(head, q, k, effort, until)
-      spent += time.perf_counter() - start
-      counts[0] += score.size
-      part = self._over(head, score, tokens)
-      out = (sample[:, None] == tokens[:, None, :]).any(2)  # [M sample]
-      left = np.where(out, -np.inf, aside)
-      rest = _lse(left) + np.log(n / len(sample))
-      # A key outside that beats the last one found: the search missed it.
-      worst = np.where(tokens[:, -1] >= 0, score[:, -1], np.inf)
-      missed = np.any(left > worst[:, None] + 1e-3 * np.abs(worst[:, None]))
-      share = 1 / (1 + np.exp(np.minimum(rest - part[1], 80)))
-      if not missed and np.all(share >= search.mass):
-        counts[1] += (tokens >= 0).sum()
-        return Part(*part, rest.astype(np.float32), counts, spent)
-    return self._exact(head, q, first, until, counts, n)
+      score, tokens = self._candidates(head, q[rows], k, effort, until)
+      spent = time.perf_counter() - start
+      whole = whole._replace(search_s=whole.search_s + spent)
+      whole.counts[0] += len(rows) * (len(self._sample) + until)
+      whole.counts[0] -= len(rows) * min(until, self.indexed[1])
+      out, lse = self._over(head, score, tokens)
+      rest, missed = self._left(head, q[rows], score, tokens, first, until)
+      held = np.logaddexp(lse, device[rows])
+      share = 1 / (1 + np.exp(np.clip(rest - held, -80, 80)))
+      poor = ~missed & (share < search.mass) & (k < search.most)
+      good = ~missed & ~poor
+      done = rows[good]
+      whole.out[done], whole.lse[done] = out[good], lse[good]
+      whole.rest[done] = rest[good]
+      whole.counts[1] += (tokens[good] >= 0).sum()
+      whole.counts[3] += missed.sum()
+      whole.counts[4] += poor.sum()
+      more = 2 * k if misses else k
+      todo.append((rows[missed], more, 2 * effort, misses + 1))
+      more = min(4 * k, search.most)
+      todo.append((rows[poor], more, effort, misses))
+    return whole
+
+  def _left(self, head, q, score, tokens, first, until):
+    """(log of the estimated exp sum left out, whether a search missed a key).
+
+    From a sample of the indexed keys, drawn once; those found do not count. A
+    search failed where a key outside beats the middle one of those found: near
+    the last one, a recall below 1 is no failure.
+    """
+    here = self._sample < until  # not so after a cut
+    aside = np.where(here, q @ self._aside[head].T, -np.inf)
+    found = (self._sample[:, None] == tokens[:, None, :]).any(2)
+    left = np.where(found, -np.inf, aside)
+    rest = _lse(left) + np.log((until - first) / max(1, here.sum()))
+    middle = tokens.shape[1] // 2
+    middle = np.where(tokens[:, middle] >= 0, score[:, middle], -np.inf)
+    slack = 1e-3 * np.abs(middle)  # the index keeps 16-bit floats
+    missed = (left > (middle + slack)[:, None]).any(1)
+    return rest.astype(np.float32), missed
 
   def _candidates(self, head, q, k, effort, until):
     """(scores, tokens) [M k], best first, of index and fresh tokens."""
@@ -272,50 +384,65 @@ class Row:
       number = np.broadcast_to(np.arange(stop, until), fresh.shape)
       score = np.concatenate([score, fresh], 1)
       tokens = np.concatenate([tokens, number], 1)
-    order = np.argsort(-score, axis=1)[:, :k]
-    score = np.take_along_axis(score, order, 1)
-    tokens = np.take_along_axis(tokens, order, 1)
+      order = np.argsort(-score, axis=1)[:, :k]
+      score = np.take_along_axis(score, order, 1)
+      tokens = np.take_along_axis(tokens, order, 1)
     return score, np.where(score > -np.inf, tokens, -1)
 
   def _over(self, head, score, tokens):
-    """(out, lse) over listed tokens, scored from the keys as they are kept."""
+    """(out, lse) over listed tokens, by the index's scores of them."""
     peak = np.max(score, axis=1, keepdims=True)
     peak = np.where(peak > -np.inf, peak, 0.0)
     weight = np.where(tokens >= 0, np.exp(score - peak), 0.0)
     total = weight.sum(1)
     value = self.v[head, np.maximum(tokens, 0)].astype(np.float32)
-    out = np.einsum('mk,mkh->mh', weight, value)
+    out = np.matmul(weight[:, None].astype(np.float32), value)[:, 0]
     with np.errstate(divide='ignore'):
       lse = np.log(total) + peak[:, 0]
     out /= np.maximum(total, 1e-30)[:, None]
-    return out.astype(np.float32), lse.astype(np.float32)
+    return out, lse.astype(np.float32)
 
-  def _exact(self, head, q, first, until, counts, top) -> Part:
-    """Attention over all tokens, or over the exact `top` best ones."""
-    score = q @ self.k[head, first:until].T.astype(np.float32)
-    counts[0] += score.size
-    counts[4] += 1
-    rest = np.full((len(q),), -np.inf, np.float32)
-    if top < until - first:
+  def _exact(self, whole, rows, head, q, first, until, top) -> Part:
+    """`whole` with attention of `rows` over all tokens, or the `top` best."""
+    q, n = q[rows], until - first
+    whole.counts[0] += len(rows) * n
+    whole.counts[1] += len(rows) * min(top, n)
+    whole.counts[5] += len(rows)
+    if top < n:
+      score = np.empty((len(rows), n), np.float32)
+      for at in range(first, until, _BLOCK):
+        stop = min(at + _BLOCK, until)
+        keys = self.k[head, at:stop].astype(np.float32)
+        score[:, at - first : stop - first] = q @ keys.T
       best = np.argpartition(-score, top - 1, axis=1)
       found = np.take_along_axis(score, best[:, :top], 1)
-      rest = _lse(np.take_along_axis(score, best[:, top:], 1))
-      counts[1] += found.size
+      left = np.take_along_axis(score, best[:, top:], 1)
+      whole.rest[rows] = _lse(left)
       out, lse = self._over(head, found, best[:, :top] + first)
-      return Part(out, lse, rest, counts, 0.0)
-    counts[1] += score.size
-    peak = score.max(1, keepdims=True)
-    weight = np.exp(score - peak)
-    total = weight.sum(1)
-    out = weight @ self.v[head, first:until].astype(np.float32)
-    lse = np.log(total) + peak[:, 0]
-    return Part(
-      (out / total[:, None]).astype(np.float32),
-      lse.astype(np.float32),
-      rest,
-      counts,
-      0.0,
-    )
+      whole.out[rows], whole.lse[rows] = out, lse
+      return whole
+    out = np.zeros(q.shape, np.float32)
+    lse = np.full((len(rows),), -np.inf, np.float32)
+    for at in range(first, until, _BLOCK):
+      stop = min(at + _BLOCK, until)
+      score = q @ self.k[head, at:stop].T.astype(np.float32)
+      peak = score.max(1, keepdims=True)
+      weight = np.exp(score - peak)
+      total = weight.sum(1)
+      part = weight @ self.v[head, at:stop].astype(np.float32)
+      part /= total[:, None]
+      out, lse = merged(out, lse, part, np.log(total) + peak[:, 0])
+    whole.out[rows], whole.lse[rows], whole.rest[rows] = out, lse, -np.inf
+    return whole
+
+
+def merged(out, lse, more, more_lse):
+  """Attention over two disjoint sets from (out [M H], lse [M]) of each."""
+  both = np.logaddexp(lse, more_lse)
+  safe = np.where(both > -np.inf, both, 0.0)
+  mine, other = np.exp(lse - safe), np.exp(more_lse - safe)
+  out = mine[:, None] * out + other[:, None] * more
+  return out.astype(np.float32), both.astype(np.float32)
 
 
 def _lse(x: np.ndarray) -> np.ndarray:

@@ -12,6 +12,8 @@ import dataclasses
 import hashlib
 import importlib.util
 import io
+import os
+import threading
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -51,22 +53,34 @@ class Numbers:
         "'clique'"
       )
 
+  def bytes_per_key(self, dim: int) -> int:
+    """Bytes that an index takes for a key of `dim` elements, about."""
+    if self.kind == 'exact':
+      return 0  # the keys themselves
+    links = 4 * self.degree + 12 if self.kind in ('hnsw', 'graph') else 0
+    half = self.kind == 'ivf' or (self.half and self.kind != 'hnsw')
+    return dim * (2 if half else 4) + links + 8
+
 
 class Queries(Protocol):
   """What the prompt's queries say of its keys, as numbers of keys.
 
   Attributes:
     near: int [Q c] keys of largest product for each sampled query, best first;
-      -1: none.
+      -1: none. `graph` needs it.
     key_near: int [n d] the same for each key, or None.
     held_out: [h H] queries that are not in `near`.
     held_near: int [h c] their nearest keys.
   """
 
-  near: np.ndarray
-  key_near: np.ndarray | None
-  held_out: np.ndarray
-  held_near: np.ndarray
+  @property
+  def near(self) -> np.ndarray | None: ...
+  @property
+  def key_near(self) -> np.ndarray | None: ...
+  @property
+  def held_out(self) -> np.ndarray: ...
+  @property
+  def held_near(self) -> np.ndarray: ...
 
 
 class Index(Protocol):
@@ -219,11 +233,13 @@ def from_bytes(data: bytes, numbers: Numbers, of: str) -> list[Index]:
 
 def save(path: str, data: bytes) -> None:
   """Puts a file there whole or not at all."""
-  import os
-  import tempfile
-
   folder = os.path.dirname(path)
   os.makedirs(folder, exist_ok=True)
-  with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-    file.write(data)
-  os.replace(file.name, path)
+  part = f'{path}.{os.getpid()}.{threading.get_ident()}'
+  try:
+    with open(part, 'wb') as file:
+      file.write(data)
+    os.replace(part, path)
+  finally:
+    if os.path.exists(part):
+      os.remove(part)

@@ -1,0 +1,283 @@
+"""What the host does when a program calls it; it never raises.
+
+All rows of the process, by handles that are never used twice, and the threads
+that search and build. Arrays come and go as numpy's. What a call cannot do for
+a row is said by a `Fault`; the other rows of the call go on.
+"""
+
+import collections
+import concurrent.futures
+import enum
+import functools
+import os
+import threading
+import time
+
+import jax
+import numpy as np
+
+from lcx.cache.host_row import COUNTERS, Row
+
+STATS = (*COUNTERS, 'host_us', 'search_us')
+
+
+class Fault(enum.IntEnum):
+  """Why the host lost a row; numbers follow `lcx.cache.Status`'s."""
+
+  FULL = 16  # host memory is spent: `Host.gigabytes`
+  GONE = 17  # released
+  FAILED = 18  # an exception: `last_error` says which
+
+
+def host_fault(code: int) -> str:
+  """The name of a `Fault`, as in 'host_full'; '' of other numbers."""
+  return f'host_{Fault(code).name.lower()}' if code in list(Fault) else ''
+
+
+_rows: dict[int, Row] = {}
+_lock = threading.Lock()
+_returned: collections.deque[int] = collections.deque()
+_next = 0
+last_error = ''
+
+
+@functools.cache
+def pool() -> concurrent.futures.ThreadPoolExecutor:
+  """Threads that search: a head of a row is one job."""
+  return concurrent.futures.ThreadPoolExecutor(
+    os.cpu_count(), 'lcx-search', _one_thread
+  )
+
+
+@functools.cache
+def builders() -> concurrent.futures.ThreadPoolExecutor:
+  """Threads that build: a row of a layer is one job."""
+  return concurrent.futures.ThreadPoolExecutor(
+    os.cpu_count(), 'lcx-index', _one_thread
+  )
+
+
+def _one_thread() -> None:
+  """Heads are searched side by side; none needs threads of its own."""
+  from lcx.select import vector_index
+
+  if vector_index.has_faiss():
+    import faiss
+
+    faiss.omp_set_num_threads(1)
+
+
+def available_bytes() -> int:
+  """Host memory that may still be taken."""
+  try:
+    with open('/proc/meminfo', encoding='ascii') as file:
+      for line in file:
+        if line.startswith('MemAvailable'):
+          return int(line.split()[1]) * 1024
+  except OSError:
+    pass
+  return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+
+
+def held_bytes() -> int:
+  """Bytes that all rows hold."""
+  _drop_returned()
+  with _lock:
+    rows = list(_rows.values())
+  return sum(r.nbytes for r in rows)
+
+
+def release(handles) -> None:
+  """Gives rows back. A finaliser may call it, whatever this thread is at."""
+  _returned.extend(int(h) for h in np.asarray(handles).ravel())
+  _drop_returned()
+
+
+def _drop_returned() -> None:
+  if _lock.acquire(blocking=False):
+    try:
+      while _returned:
+        _rows.pop(_returned.popleft(), None)
+    finally:
+      _lock.release()
+
+
+def known(handles) -> list[Row]:
+  """The rows of those handles that are in use."""
+  with _lock:
+    return [_rows[int(h)] for h in handles if int(h) in _rows]
+
+
+class Gone(Exception):
+  """A row that was released."""
+
+
+def row_of(handle: int) -> Row:
+  """The row of a handle; raises `Gone`."""
+  with _lock:
+    row = _rows.get(handle)
+  if row is None:
+    raise Gone(handle)
+  return row
+
+
+def add(row: Row) -> int:
+  """Keeps a row; its handle."""
+  global _next
+  _drop_returned()
+  with _lock:
+    _next += 1
+    _rows[_next] = row
+    return _next
+
+
+def take(host, need: int) -> None:
+  """Refuses to grow past the bound."""
+  if need and held_bytes() + need > host.bound():
+    raise MemoryError(
+      f'{need} more bytes of host memory beside {held_bytes()}; the bound is '
+      f'{host.bound()}'
+    )
+
+
+def guarded(work, *args) -> int:
+  """Runs `work`; a `Fault`, or 0."""
+  global last_error
+  try:
+    work(*args)
+    return 0
+  except Gone:
+    return int(Fault.GONE)
+  except MemoryError as error:
+    last_error = repr(error)
+    return int(Fault.FULL)
+  except BaseException as error:  # the device must hear of it, not see it
+    last_error = repr(error)
+    return int(Fault.FAILED)
+
+
+def write_all(handles, used, count, k, v, positions, host):
+  """Appends to all rows; (handles, faults)."""
+  handles, used, count = (np.array(x) for x in (handles, used, count))
+  k, v, positions = np.asarray(k), np.asarray(v), np.asarray(positions)
+  fault = np.zeros(len(handles), np.int32)
+
+  def write(b):
+    if handles[b] < 0:
+      handles[b] = add(Row(k.shape[2], k.shape[3], k.dtype))
+    row, n = row_of(int(handles[b])), int(count[b])
+    take(host, row.bytes_to_grow(n))
+    with row.lock:
+      row.write(int(used[b]), k[b, :n], v[b, :n], positions[b, :n])
+
+  for b in np.flatnonzero(count):
+    fault[b] = guarded(write, b)
+  return handles, fault
+
+
+def put(handles, used, count, k, v, positions, *, host):
+  """Appends a prompt's tokens: (handles, faults)."""
+  return write_all(handles, used, count, k, v, positions, host)
+
+
+def attend(
+  handles, used, count, k, v, positions, q, device, ready, *, search, host
+):
+  """Appends few tokens and attends: what `HostCache.attend_host` returns."""
+  start = time.perf_counter()
+  handles, fault = write_all(handles, used, count, k, v, positions, host)
+  fault = np.maximum(fault, np.asarray(ready).max(1, initial=0))
+  q, device, count = np.asarray(q), np.asarray(device), np.asarray(count)
+  batch, t, n, h = q.shape
+  kv = k.shape[2]
+  out = np.zeros(q.shape, np.float32)
+  lse = np.full((batch, t, n), -np.inf, np.float32)
+  rest = lse.copy()
+  stats = np.zeros((batch, len(STATS)), np.float32)
+  # Padding is not asked for, and rows of nothing else are not, either.
+  asked = [b for b in np.flatnonzero(count) if not fault[b]]
+  jobs = {}
+
+  def by_head(x, b):
+    """[T N ...] -> [K, valid T * G, ...]."""
+    x = x[b, : count[b]].reshape(count[b], kv, n // kv, *x.shape[3:])
+    return x.swapaxes(0, 1).reshape(kv, -1, *x.shape[3:])
+
+  def prepare(b):
+    row = row_of(int(handles[b]))
+    with row.lock:
+      row.wait()
+      row.join(search.until(row.used), pool())
+    ask, seen = by_head(q, b) * h**-0.5, by_head(device, b)
+    for head in range(kv):
+      jobs[b, head] = pool().submit(
+        row.attend, head, ask[head], seen[head], search
+      )
+
+  def collect(b, head, job):
+    part, valid = job.result(), count[b]
+    heads = slice(head * (n // kv), (head + 1) * (n // kv))
+    out[b, :valid, heads] = part.out.reshape(valid, -1, h)
+    lse[b, :valid, heads] = part.lse.reshape(valid, -1)
+    rest[b, :valid, heads] = part.rest.reshape(valid, -1)
+    stats[b, : len(COUNTERS)] += part.counts
+    stats[b, -1] += 1e6 * part.search_s
+
+  for b in asked:
+    fault[b] = guarded(prepare, b)
+  for (b, head), job in jobs.items():
+    fault[b] = max(fault[b], guarded(collect, b, head, job))
+  lost = fault > 0
+  out[lost], lse[lost] = 0.0, -np.inf
+  if asked:
+    stats[asked, -2] = 1e6 * (time.perf_counter() - start) / len(asked)
+  return handles, fault, out, lse, rest, stats
+
+
+def index(handles, used, near, *, numbers, search, folder, host):
+  """Hands every row to the builders: faults int32 [B K]."""
+  handles = np.asarray(handles)
+  used, near = np.asarray(used), jax.tree.map(np.asarray, near)
+  heads = near.held_out.shape[1]
+  fault = np.zeros((len(handles), heads), np.int32)
+
+  def build(b):
+    row = row_of(int(handles[b]))
+    each = [jax.tree.map(lambda x: x[b, h], near) for h in range(heads)]  # noqa: B023
+    with row.lock:
+      row.truncate(int(used[b]))
+      until = search.until(row.used)
+      if until - search.first <= search.top:
+        until = search.first  # all are attended: nothing to search
+      keys = (until - search.first) * heads
+      take(host, keys * numbers.bytes_per_key(row.k.shape[2]))
+      row.build(numbers, search.first, until, each, builders(), folder)
+
+  for b in np.flatnonzero(handles >= 0):
+    fault[b] = guarded(build, b)
+  return fault
+
+
+def fork(handles, used, sources):
+  """Handles of rows that go on as copies of others."""
+  handles, used = np.asarray(handles), np.asarray(used)
+  sources = np.asarray(sources)
+  forked = handles[sources].copy()
+
+  def copy(b):
+    row = row_of(int(forked[b])).clone()
+    row.truncate(int(used[sources[b]]))
+    forked[b] = add(row)
+
+  for b in np.flatnonzero((sources != np.arange(len(sources))) & (forked >= 0)):
+    if guarded(copy, b):
+      forked[b] = 0  # no row has handle 0: its next use says GONE
+  return forked
+
+
+def release_rows(handles, rows):
+  """Gives back those that `rows` marks; -1 in their place."""
+  handles, rows = np.array(handles), np.asarray(rows)
+  release(handles[rows])
+  handles[rows] = -1
+  return handles
