@@ -1,170 +1,91 @@
-"""Runs the Hopper kernels on a CPU, in Pallas' interpreter for Mosaic GPU.
+"""The Hopper kernels in interpret mode, beside the oracle: run as a script.
 
-JAX 0.11.2's interpreter lacks two things that the kernels use, and
-`installed()` adds them for a while: a matrix product whose left operand lies in
-registers, and `pl.run_state` over an accumulator. A copy that is never waited
-for shows as NaN: shared memory starts as NaN.
+`JAX_PLATFORMS=cpu python -m tests.kernels.gpu_interpret GROUP` runs a group of CASES; a kernel
+that waits for a lost barrier hangs, so the test gives it a process and a time
+limit. Every program of a grid is traced and compiled anew: shapes are small.
 """
 
-import contextlib
 import functools
-from unittest import mock
+import sys
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src import callback
-from jax._src import core as jax_core
-from jax._src.pallas.mosaic_gpu import core as gpu_core
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks as calls
-from jax._src.pallas.mosaic_gpu.interpret import jaxpr_interpret, shared_memory
-from jax._src.state import discharge
-from jax._src.state import types as state_types
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-Interpreter = jaxpr_interpret.JaxprInterpreter
-_shared_operands = Interpreter._interpret_wgmma_ref_p
-_interpret = Interpreter.interpret
+from kernels_pallas import block_sparse, passing_block, selected_token
+from tests import oracle
+from tests.kernels import cases, mosaic_gpu_interpreter
+
+BF16 = jnp.bfloat16
+# Three heads: a list over sink and window, a streaming one, an empty one.
+KINDS = ((40, 21, True), (5, 137, False), (0, 0, False))
 
 
-@contextlib.contextmanager
-def installed():
-  """Hopper kernels that are traced in here are interpreted."""
-  with (
-    mock.patch.object(Interpreter, '_interpret_wgmma_ref_p', _wgmma),
-    mock.patch.object(Interpreter, 'interpret', _with_run_state),
-    plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()),
-  ):
-    yield
+def _run(function, *args, **kwargs):
+  with mosaic_gpu_interpreter.installed():
+    return function(*args, implementation='gpu', **kwargs)
 
 
-def _wgmma(self, eqn, token, get_invals):
-  """acc += a @ b; a may be a value in registers."""
-  if isinstance(eqn.invars[1].aval, state_types.AbstractRef):
-    return _shared_operands(self, eqn, token, get_invals)
-  acc, a, b, *leaves = get_invals()
-  transforms = jax.tree.unflatten(eqn.params['b_transforms_tree'], leaves)
-  b, transforms = jaxpr_interpret.resolve_ref(eqn.invars[2].aval, b, transforms)
-  token = callback.io_callback(
-    calls.fail_on_exception(_multiply),
-    calls.TOKEN_SHAPE_DTYPE,
-    token=token,
-    mesh_location=self.mesh_location,
-    thread=self.thread,
-    acc=acc,
-    a=a,
-    b=b,
-    transforms=transforms,
-  )
-  return token, []
+def _block(kinds, **shape):
+  shape = {'block_q': 128, 'block_k': 128, 'width': 2, 'dtype': BF16, **shape}
+  args, kwargs = cases.block_case(b=1, kinds=kinds, **shape)
+  got = _run(block_sparse.block_sparse, *args, **kwargs)
+  oracle.assert_close(got, oracle.block_sparse(*args, **kwargs), 'bfloat16')
 
 
-def _multiply(*, token, mesh_location, thread, acc, a, b, transforms):
-  memory = calls._get_shared_memory()
-  told = shared_memory.GPULoggingInfo(mesh_location, thread, None)
-  acc, b = (calls.HostAllocationKey.from_array(x) for x in (acc, b))
-  there = memory.access(
-    b, jax.tree.map(int, calls._remove_noop_transforms(transforms))
-  )
-  here = memory.access(acc, ())
-  read = functools.partial(memory.get_buffer_content, logging_info=told)
-  right, _, _ = read(b, there, thread)
-  old, _, _ = read(acc, here, thread)
-  memory.store_buffer_content(
-    acc,
-    here,
-    old + np.matmul(np.asarray(a), right, dtype=old.dtype),
-    thread,
-    logging_info=told,
-  )
-  return token
+def _passing(t, s):
+  rng = np.random.default_rng(0)
+  q = cases.floats(rng, (1, t, 2, 64), BF16)
+  k, v = (cases.floats(rng, (1, 1, s, 64), BF16) for _ in range(2))
+  start = np.sort(rng.integers(0, s // 2, (1, t)), axis=1)
+  stop = np.sort(rng.integers(0, s, (1, t)), axis=1)
+  bounds = [jnp.asarray(x, jnp.int32) for x in (start, stop)]
+  got = _run(passing_block.passing_block, q, k, v, *bounds)
+  want = oracle.passing_block(q, k, v, *bounds)
+  oracle.assert_close(got, want, 'bfloat16')
 
 
-def _with_run_state(self, jaxpr, token, *args):
-  """`interpret`, between the run_states of a jaxpr, and those themselves."""
-  if not any(e.primitive is discharge.run_state_p for e in jaxpr.eqns):
-    return _interpret(self, jaxpr, token, *args)
-  env = dict(zip([*jaxpr.constvars, *jaxpr.invars], args))
-
-  def read(x):
-    return x.val if isinstance(x, jax_core.Literal) else env[x]
-
-  def flush(token, eqns):
-    made = {v for e in eqns for v in e.outvars}
-    used = {
-      v
-      for e in eqns
-      for v in e.invars
-      if not isinstance(v, jax_core.Literal) and v not in made
-    }
-    invars = list(used)
-    outvars = [v for v in made if not isinstance(v, jax_core.DropVar)]
-    piece = jax_core.Jaxpr((), invars, outvars, eqns, jaxpr.effects)
-    token, out = _interpret(self, piece, token, *map(read, invars))
-    env.update(zip(outvars, out))
-    return token
-
-  between = []
-  for eqn in jaxpr.eqns:
-    if eqn.primitive is not discharge.run_state_p:
-      between.append(eqn)
-      continue
-    token = flush(token, between)
-    between = []
-    token, out = _run_state(self, eqn, token, list(map(read, eqn.invars)))
-    env.update(zip(eqn.outvars, out))
-  token = flush(token, between)
-  return token, list(map(read, jaxpr.outvars))
+def _pages(kind, **shape):
+  shape = {'b': 1, 'kv': 2, 'width': 3, 'page': 64, 't': 1, **shape}
+  args, kwargs = cases.page_case(dtype=BF16, **shape)
+  got = _run(selected_token.attend_pages, *args, **kwargs)
+  q, pages, ids, starts = args
+  rows, positions = oracle.rows_of_pages(ids, starts, pages.page)
+  want = oracle.selected(q, pages, rows, positions, **kwargs)
+  oracle.assert_close(got, want, kind)
 
 
-def _run_state(self, eqn, token, invals):
-  """Operands that are values become accumulators, and are read in the end."""
-  inner = eqn.params['jaxpr']
-  here = {
-    'mesh_location': self.mesh_location,
-    'thread': self.thread,
-    'source_info': eqn.source_info,
-  }
-  space = shared_memory.get_memory_space_idx(gpu_core.MemorySpace.REGS)
-  keys, own = [], []
-  for var, value in zip(eqn.invars, invals):
-    if isinstance(var.aval, state_types.AbstractRef):
-      keys.append(value)
-      own.append(False)
-      continue
-    token, request = calls.call_make_allocation_request_array(
-      token=token,
-      compute_unit=self.thread,
-      memory_space_id=space,
-      initial_ref_count=1,
-    )
-    token, key = calls.call_allocate_buffer(
-      token=token,
-      allocation_request_as_array=request,
-      value=jnp.asarray(value),
-      **here,
-    )
-    keys.append(key)
-    own.append(True)
-  token, _ = self.interpret(inner, token, *keys)
-  out = []
-  for var, key, mine in zip(eqn.outvars, keys, own):
-    if not mine:
-      out.append(key)
-      continue
-    token, value = callback.io_callback(
-      functools.partial(
-        calls.wgmma_accumulator_deref, source_info=eqn.source_info
-      ),
-      (calls.TOKEN_SHAPE_DTYPE, var.aval),
-      token=token,
-      mesh_location=self.mesh_location,
-      thread=self.thread,
-      acc_allocation_key_as_array=key,
-      wait_n=None,
-    )
-    token = calls.call_deallocate_buffer(
-      token=token, allocation_key_as_array=key, **here
-    )
-    out.append(value)
-  return token, out
+def _tokens(kind, **shape):
+  args, kwargs = cases.token_case(dtype=BF16, **shape)
+  got = _run(selected_token.attend_tokens, *args, **kwargs)
+  want = oracle.selected(*args, **kwargs)
+  oracle.assert_close(got, want, kind)
+
+
+CASES = {
+  'prompts': (
+    functools.partial(_block, KINDS, t=130, s=400, kv=1, group=3),
+    functools.partial(_passing, 100, 300),
+  ),
+  'decode': (
+    functools.partial(_pages, 'bfloat16', group=3, width=7, streaming=True),
+    functools.partial(_pages, 'int8', bits=8, t=2, page=32, h=128),
+  ),
+}
+# More head dims and page sizes of the same code: make test-all.
+MORE = {
+  'prompts_more': (
+    functools.partial(_block, KINDS[:1], t=100, s=500, kv=1, group=1, h=256),
+    functools.partial(_block, KINDS[1:2], t=300, s=700, kv=1, group=1, h=128),
+  ),
+  'decode_more': (
+    functools.partial(_pages, 'bfloat16', page=16, width=9, group=1, t=5),
+    functools.partial(_pages, 'bfloat16', page=128, h=256, group=8, t=16),
+    functools.partial(_tokens, 'bfloat16', streaming=True),
+  ),
+}
+
+
+if __name__ == '__main__':
+  for case in {**CASES, **MORE}[sys.argv[1]]:
+    case()
+    print('passed', case.args, case.keywords, flush=True)

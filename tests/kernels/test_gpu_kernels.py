@@ -1,8 +1,13 @@
-"""The Hopper kernels against the oracle, on a GPU; lowered for CUDA elsewhere.
+"""The Hopper kernels against the oracle: on a GPU; interpreted elsewhere.
 
 Lowering needs no plugin: it runs Pallas' own checks of layouts and of shared
 memory, at production sizes.
 """
+
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +20,7 @@ from kernels_pallas.keys import Pages
 from kernels_pallas.passing_block import gpu as passing_block_gpu
 from kernels_pallas.selected_token import gpu as selected_token_gpu
 from tests import oracle
-from tests.kernels import cases
+from tests.kernels import cases, gpu_interpret
 
 BF16 = jnp.bfloat16
 
@@ -73,6 +78,26 @@ def test_attend_pages(bits, page, t, streaming):
   want = oracle.selected(q, pages, rows, positions, **kwargs)
   kind = {16: 'bfloat16', 8: 'int8', 4: 'int4'}[bits]
   oracle.assert_close(got, want, kind)
+
+
+@pytest.mark.parametrize(
+  'group',
+  [
+    *gpu_interpret.CASES,
+    *(pytest.param(x, marks=pytest.mark.long) for x in gpu_interpret.MORE),
+  ],
+)
+def test_interpreted_kernels_equal_the_oracle(group):
+  run = subprocess.run(
+    [sys.executable, '-m', 'tests.kernels.gpu_interpret', group],
+    cwd=pathlib.Path(__file__).parents[2],
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+    capture_output=True,
+    text=True,
+    timeout=240,
+    check=False,
+  )
+  assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
 
 
 def lowers(function, *specs):

@@ -1,16 +1,12 @@
 """One TPU kernel in interpret mode, with race detection: run as a script.
 
-`python -m tests.kernels.tpu_interpret GROUP` runs a group of CASES; a kernel
+`JAX_PLATFORMS=cpu python -m tests.kernels.tpu_interpret GROUP` runs a group of CASES; a kernel
 that waits for a lost semaphore hangs, so the test gives it a process and a
 time limit. Uninitialised memory reads as NaN, reads out of bounds raise.
 """
 
-import os
-import sys
-
-os.environ['JAX_PLATFORMS'] = 'cpu'
-
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
