@@ -376,14 +376,16 @@ class Row:
 
   def _candidates(self, head, q, k, effort, until):
     """(scores, tokens) [M k], best first, of index and fresh tokens."""
-    score, tokens = self.indexes[head].search(q, k, effort)
-    score = np.where(tokens < until, score, -np.inf)
     stop = self.indexed[1]
+    recent = max(0, stop - until)  # indexed, but on the device since a cut
+    score, tokens = self.indexes[head].search(q, k + recent, effort)
+    score = np.where(tokens < until, score, -np.inf)
     if until > stop:
       fresh = q @ self.k[head, stop:until].T.astype(np.float32)
       number = np.broadcast_to(np.arange(stop, until), fresh.shape)
       score = np.concatenate([score, fresh], 1)
       tokens = np.concatenate([tokens, number], 1)
+    if until != stop:
       order = np.argsort(-score, axis=1)[:, :k]
       score = np.take_along_axis(score, order, 1)
       tokens = np.take_along_axis(tokens, order, 1)

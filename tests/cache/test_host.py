@@ -1,0 +1,287 @@
+"""The host tier: what both tiers hold, what is given back, how rows fail."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kernels_pallas.partial import Partial, merge
+from lcx.cache import CacheShape, Host, Shards, Status, host_calls
+from lcx.cache.host_calls import Fault
+from lcx.cache.host_row import Near, Search
+from lcx.select.vector_index import Numbers
+from lcx.sharding import make_mesh, named
+from tests.cache import reading
+from tests.cache.reading import DIM, HEADS, KEYS, VALUES, empty, feed
+
+CONFIG = Host(page=8, sink=5, recent=9, slack=4)
+SEARCH = Search(top=10**6, effort=50, first=8, recent=9, page=8)
+ROWS = [list(range(45)), list(range(100, 117)), [], list(range(200, 264))]
+WIDE, NARROW = 23, 4
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+  """Every test gives back what it took."""
+  before = host_calls.held_bytes()
+  yield
+  host_calls.release(list(host_calls._rows))
+  assert host_calls.held_bytes() == 0 == before
+
+
+def grow(rows, config=CONFIG):
+  cache = empty(config, len(rows))
+  for width, stop in ((WIDE, WIDE), (WIDE, 2 * WIDE), (WIDE, 3 * WIDE)):
+    cache = feed(cache, [r[stop - WIDE : stop] for r in rows], width)
+  return cache
+
+
+def check_rows(cache, rows):
+  """Both tiers hold the rows' tokens: the host all, the device its part."""
+  np.testing.assert_array_equal(cache.used, [len(r) for r in rows])
+  held = reading.read(cache.ring)
+  for b, tokens in enumerate(rows):
+    handle = int(cache.handles[b])
+    if tokens:
+      row = host_calls.row_of(handle)
+      n = len(tokens)
+      assert row.used >= n  # cut at the next call
+      index = np.asarray(tokens, int)
+      for mine, want in ((row.k, KEYS), (row.v, VALUES)):
+        np.testing.assert_array_equal(mine[:, :n], want[index].swapaxes(0, 1))
+      np.testing.assert_array_equal(row.at[:n], np.arange(n))
+    for keys, _ in held[b]:
+      seen = {s for s in range(len(tokens)) if s < 5 or s > len(tokens) - 9}
+      assert seen <= set(keys)
+
+
+def test_rows_hold_what_each_was_given():
+  cache = grow(ROWS)
+  check_rows(cache, ROWS)
+  assert not np.asarray(cache.status).any()
+  size = cache.nbytes('host')
+  assert size['keys_and_values'] >= 2 * 126 * HEADS * DIM * 4
+  assert sum(size.values()) == host_calls.held_bytes()
+  with pytest.raises(ValueError, match='tier='):
+    cache.nbytes('disk')
+  cache.owned()()
+  assert host_calls.held_bytes() == 0
+
+
+@pytest.mark.parametrize('cut', [4, 1])
+def test_append_truncate_append_equals_fresh(cut):
+  rows = [r[: max(0, len(r) - cut)] for r in ROWS]
+  cache = reading.truncate(grow(ROWS), np.array([len(r) for r in rows]))
+  check_rows(cache, rows)
+  new = [[300 + row] * cut for row in range(4)]
+  cache = feed(cache, new, NARROW)
+  check_rows(cache, [r + n for r, n in zip(rows, new)])
+  assert not np.asarray(cache.status).any()
+
+
+def test_fork_then_diverge_then_empty():
+  cache = reading.fork(grow(ROWS), np.array([0, 0, 0, 1]))
+  rows = [ROWS[0], ROWS[0], ROWS[0], ROWS[1]]
+  new = [[300 + row] * (row + 1) for row in range(4)]
+  rows = [r + n for r, n in zip(rows, new)]
+  cache = feed(cache, new, NARROW)
+  check_rows(cache, rows)
+  before = host_calls.held_bytes()
+  cache = reading.reset(cache, np.array([True, False, False, False]))
+  cache = reading.free(cache, np.array([False, False, True, False]))
+  rows[0] = rows[2] = []
+  check_rows(cache, rows)
+  assert host_calls.held_bytes() < 0.7 * before
+  cache = feed(cache, [[1, 2], [3], [4], []], NARROW)
+  check_rows(cache, [[1, 2], rows[1] + [3], [4], rows[3]])
+
+
+def test_insert_replaces_one_row():
+  other = feed(empty(CONFIG, 1), [list(range(300, 320))], WIDE)
+  cache = reading.insert(grow(ROWS), np.int32(1), other)
+  rows = [ROWS[0], list(range(300, 320)), ROWS[2], ROWS[3]]
+  check_rows(cache, rows)
+  new = [[7], [8, 9], [], []]
+  check_rows(feed(cache, new, NARROW), [r + n for r, n in zip(rows, new)])
+
+
+def test_a_gap_in_positions_drops_the_row_alone():
+  cache = feed(empty(CONFIG, 4), [[1, 2, 3], [4], [], []], NARROW)
+  cache = feed(cache, [[5], [6], [7], []], NARROW, [4, 1, 0, 0])
+  np.testing.assert_array_equal(cache.status, [Status.POSITION_GAP, 0, 0, 0])
+  check_rows(cache, [[1, 2, 3], [4, 6], [7], []])
+
+
+def test_memory_is_bounded_and_others_keep_theirs():
+  """A kilotoken of two heads is 128 KiB: two rows fit, the third does not."""
+  config = Host(page=8, sink=5, recent=9, slack=4, gigabytes=0.3 / 1024)
+  cache = feed(empty(config, 4), [[1], [2], [3], []], NARROW)
+  np.testing.assert_array_equal(cache.status, [0, 0, Fault.FULL, 0])
+  assert host_calls.held_bytes() <= config.bound()
+  assert 'MemoryError' in host_calls.last_error
+  cache = feed(cache, [[4], [], [], []], NARROW)
+  kept = host_calls.row_of(int(cache.handles[0]))
+  np.testing.assert_array_equal(kept.k[:, :2], KEYS[[1, 4]].swapaxes(0, 1))
+
+
+def test_too_little_memory_is_refused_with_the_figure():
+  class Model:
+    dtype, head_dim, n_layers, n_kv_heads = 'bfloat16', 128, 32, 8
+
+  # 2 * 128 * 2 B * 32 * 8 = 128 KiB a token.
+  with pytest.raises(ValueError, match=r'take 16\.00 GiB .* but 1\.00 GiB'):
+    Host(gigabytes=1.0).check(Model, 1 << 17, 1, None)
+  Host(gigabytes=17.0).check(Model, 1 << 17, 1, None)
+  with pytest.raises(ValueError, match='gigabytes=-1'):
+    Host(gigabytes=-1)
+
+
+def near(batch):
+  shape = (batch, HEADS)
+  return Near(
+    None,
+    None,
+    None,
+    np.zeros((*shape, 2, DIM), np.float32),
+    np.zeros((*shape, 2, 3), np.int32),
+    np.zeros((*shape, DIM), np.float32),
+    np.full((*shape, DIM), 10.0, np.float32),
+  )
+
+
+def check_attention(cache, rows, new):
+  """Feeds `new` and compares both tiers' attention with dense; the cache."""
+  batch, t = len(rows), NARROW
+  q = np.random.default_rng(1).normal(size=(batch, t, 2 * HEADS, DIM))
+  count = np.array([len(n) for n in new], np.int32)
+  tokens = np.array([n + [0] * (t - len(n)) for n in new])
+  at = np.array([len(r) for r in rows])[:, None] + np.arange(t)
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def step(cache, q, k, v, at, count):
+    used = cache.used
+    ready = cache.index(near(batch), Numbers(kind='exact'), SEARCH, '')
+    cache = cache.append_device(k, v, at, count)
+    lse = jnp.zeros(q.shape[:3])
+    cache, found = cache.attend_host(used, q, k, v, at, lse, SEARCH, ready)
+    return cache, found
+
+  args = (q.astype('f'), KEYS[tokens], VALUES[tokens], at.astype('i'), count)
+  cache, found = step(cache, *args)
+  for b, (old, fresh) in enumerate(zip(rows, new, strict=True)):
+    tokens = np.array(old + fresh, int)
+    until = SEARCH.until(len(tokens))
+    if cache.fault[b]:
+      assert np.all(np.isneginf(found.lse[b]))
+      continue
+    seen = tokens[8:until] if until > 8 else tokens[:0]
+    for i, n in np.ndindex(t, 2 * HEADS):
+      if i >= len(fresh) or not len(seen):
+        assert np.isneginf(found.lse[b, i, n])
+        assert not np.any(found.out[b, i, n])
+        continue
+      score = KEYS[seen, n // 2] @ q[b, i, n] / DIM**0.5
+      weight = np.exp(score)
+      want = weight @ VALUES[seen, n // 2] / weight.sum()
+      np.testing.assert_allclose(found.out[b, i, n], want, rtol=1e-4, atol=1e-5)
+      np.testing.assert_allclose(
+        found.lse[b, i, n], np.log(weight.sum()), rtol=1e-4, atol=1e-4
+      )
+  return cache, found
+
+
+def test_the_host_attends_all_that_the_device_does_not():
+  check_attention(grow(ROWS), ROWS, [[300, 301], [302], [303], [4, 5, 6, 7]])
+
+
+def test_a_row_that_fails_is_said_and_the_others_answer(monkeypatch):
+  cache = grow(ROWS)
+  broken, gone = (host_calls.row_of(int(cache.handles[b])) for b in (0, 1))
+
+  def search(*args):
+    raise RuntimeError('a thread that searches')
+
+  monkeypatch.setattr(broken, 'attend', search)
+  host_calls.release([int(cache.handles[1])])
+  assert gone.used == len(ROWS[1])
+  cache, found = check_attention(cache, ROWS, [[1], [2], [3], [4]])
+  np.testing.assert_array_equal(cache.fault, [Fault.FAILED, Fault.GONE, 0, 0])
+  assert 'a thread that searches' in host_calls.last_error
+  assert found.stats[3, host_calls.STATS.index('attended')] > 0
+  assert host_calls.host_fault(Fault.FAILED) == 'host_failed'
+  assert host_calls.host_fault(Status.OUT_OF_PAGES) == ''
+
+
+@given(
+  parts=st.lists(st.integers(0, 40), min_size=1, max_size=4),
+  seed=st.integers(0, 9),
+)
+def test_merged_parts_equal_the_whole(parts, seed):
+  """Disjoint sets of keys, any of them empty, as device and host merge them."""
+  from lcx.cache.host_row import Row, merged
+
+  draw = np.random.default_rng(seed)
+  total = sum(parts)
+  k, v = draw.normal(size=(2, total, 1, DIM)).astype(np.float32)
+  q = (3 * draw.normal(size=(5, DIM))).astype(np.float32)
+  out, lse = np.zeros((5, DIM), 'f'), np.full((5,), -np.inf, 'f')
+  device = Partial(jnp.asarray(out[:, None]), jnp.asarray(lse[:, None]))
+  first = 0
+  for n in parts:
+    row = Row(1, DIM, np.float32)
+    row.write(0, k[first : first + n], v[first : first + n], np.arange(n))
+    rule = Search(top=100, effort=1, first=0, recent=0, page=1)
+    part = row.attend(0, q, np.zeros(5, 'f'), rule)
+    out, lse = merged(out, lse, part.out, part.lse)
+    more = Partial(
+      jnp.asarray(part.out[:, None]), jnp.asarray(part.lse)[:, None]
+    )
+    device = merge(device, more)
+    first += n
+  with np.errstate(divide='ignore'):
+    weight = np.exp(q @ k[:, 0].T)
+    want = weight @ v[:, 0] / np.maximum(weight.sum(1), 1e-30)[:, None]
+    np.testing.assert_allclose(lse, np.log(weight.sum(1)), rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-5)
+  chex.assert_trees_all_close(device.out[:, 0], out, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sharded_sequence_is_refused():
+  shape = CacheShape(2, HEADS, DIM, 64, jnp.float32, shards=Shards(1, 2, 1))
+  with pytest.raises(ValueError, match='mesh axis seq=2 must be 1'):
+    CONFIG.init(shape)
+
+
+@pytest.mark.mesh
+def test_shards_of_rows_and_heads_keep_their_own():
+  mesh = make_mesh(2, 1, 2)
+  shape = CacheShape(4, HEADS, DIM, 64, jnp.float32, shards=Shards(2, 1, 2))
+  specs = CONFIG.specs()
+  cache = jax.device_put(CONFIG.init(shape), named(mesh, specs))
+  tokens = jax.sharding.PartitionSpec('data', 'seq', 'model')
+  rows = jax.sharding.PartitionSpec('data', 'seq')
+  append = jax.jit(
+    jax.shard_map(
+      lambda c, k, v, p: c.append(k, v, p),
+      mesh=mesh,
+      in_specs=(specs, tokens, tokens, rows),
+      out_specs=specs,
+      check_vma=False,
+    ),
+    donate_argnums=0,
+  )
+  index = np.arange(4)[:, None] * 50 + np.arange(20)
+  at = np.broadcast_to(np.arange(20, dtype=np.int32), (4, 20))
+  cache = append(cache, KEYS[index], VALUES[index], at)
+  assert not np.asarray(cache.fault).any()
+  assert len(set(np.asarray(cache.handles).tolist())) == 8
+  handles = np.asarray(cache.handles).reshape(2, 2, 2)  # data, model, row
+  for d, m, b in np.ndindex(2, 2, 2):
+    row = host_calls.row_of(int(handles[d, m, b]))
+    want = KEYS[index[2 * d + b], m]
+    np.testing.assert_array_equal(row.k[0, :20], want)

@@ -1,0 +1,201 @@
+"""One row in host memory: indexed search, when it is widened, what is kept."""
+
+import concurrent.futures
+import pathlib
+
+import numpy as np
+import pytest
+
+from lcx.cache.host_row import COUNTERS, Near, Row, Search
+from lcx.select import vector_index as vi
+
+DIM, N, FIRST = 16, 1500, 64
+SEARCH = Search(top=40, effort=80, first=FIRST, recent=32, page=16)
+KIND = 'graph' if vi.has_faiss() else 'exact'
+POOL = concurrent.futures.ThreadPoolExecutor(2)
+
+
+def drawn(n, seed=0, far=0.0):
+  """Scaled-up queries of one distribution, keys of another; values."""
+  draw = np.random.default_rng(seed)
+  mix = np.random.default_rng(99).normal(size=(DIM, DIM)) / 2
+  q = (draw.normal(size=(n, DIM)) @ mix + 1.5 + far).astype(np.float32)
+  return q, *draw.normal(size=(2, n, 1, DIM)).astype(np.float32)
+
+
+def exact(q, keys, c):
+  return np.argsort(-(q @ keys.T), axis=1)[:, :c]
+
+
+def sampled(keys):
+  """What prefill says: positions are numbers."""
+  q, _, _ = drawn(400, seed=1)
+  score = keys @ keys.T
+  np.fill_diagonal(score, -np.inf)
+  return Near(
+    exact(q[40:], keys, 32),
+    np.argsort(-score, axis=1)[:, :12],
+    np.arange(len(keys)),
+    q[:40],
+    exact(q[:40], keys, 40),
+    q.mean(0),
+    q.std(0),
+  )
+
+
+def make(kind=KIND, folder='', n=N):
+  """A row whose tokens up to its recent ones are indexed."""
+  _, k, v = drawn(n)
+  row = Row(1, DIM, np.float32)
+  row.write(0, k, v, np.arange(n, dtype=np.int32))
+  numbers = vi.Numbers(kind=kind, degree=24)
+  stop = SEARCH.until(n)
+  row.build(numbers, FIRST, stop, [sampled(k[:, 0])], POOL, str(folder))
+  return row
+
+
+@pytest.fixture(scope='module')
+def built():
+  row = make()
+  row.wait()
+  return row
+
+
+def ask(row, q, device=-100.0, **rule):
+  rule = Search(**(vars(SEARCH) | rule))
+  device = np.full((len(q),), device, np.float32)
+  part = row.attend(0, q * DIM**-0.5, device, rule)
+  return part, dict(zip(COUNTERS, part.counts, strict=True))
+
+
+def attended(row, q, tokens):
+  """Attention over listed tokens [M c], as dense."""
+  score = np.einsum('mh,mch->mc', q, row.k[0, tokens]) / DIM**0.5
+  weight = np.exp(score)
+  out = np.einsum('mc,mch->mh', weight, row.v[0, tokens])
+  return out / weight.sum(1)[:, None], np.log(weight.sum(1))
+
+
+def test_a_search_attends_the_best_tokens(built):
+  q, _, _ = drawn(8, seed=2)
+  part, counts = ask(built, q, effort=300)
+  stop = SEARCH.until(N)
+  best = exact(q, built.k[0, FIRST:stop], 40) + FIRST
+  out, lse = attended(built, q, best)
+  assert np.abs(part.lse - lse).max() < 0.02
+  assert np.abs(part.out - out).max() < 0.05
+  assert counts['attended'] == 8 * 40 and counts['exact'] == 0
+  _, whole = attended(built, q, np.tile(np.arange(FIRST, stop), (8, 1)))
+  left = whole + np.log1p(-np.exp(lse - whole))
+  assert np.abs(part.rest - left).max() < 0.6  # from 256 of 1400 keys
+
+
+def test_too_small_a_share_takes_more_keys(built):
+  """By the host's tokens alone; where the device's weigh more, it is enough."""
+  q, _, _ = drawn(8, seed=2)
+  little, _ = ask(built, q)
+  share = np.exp(little.lse) / (np.exp(little.lse) + np.exp(little.rest))
+  assert share.max() < 0.9
+  part, counts = ask(built, q, mass=0.9, most=600)
+  assert counts['more_keys'] >= 8 and counts['attended'] > 8 * 150
+  assert np.all(part.lse > little.lse)
+  _, counts = ask(built, q, mass=0.9, device=100.0)
+  assert counts['more_keys'] == 0
+
+
+def test_queries_unlike_the_prompts_search_wider(built):
+  like, _, _ = drawn(6, seed=3)
+  unlike, _, _ = drawn(2, seed=3, far=-30.0)
+  _, counts = ask(built, like)
+  assert counts['far'] == 0
+  _, counts = ask(built, np.concatenate([like, unlike]))
+  assert counts['far'] == 2
+  assert counts['attended'] >= 6 * 40 + 2 * 80
+
+
+class Stuck:
+  """An index that finds the worst tokens, until it is asked for very many."""
+
+  def __init__(self, row):
+    self.row, self.asked = row, []
+    self.nbytes = 0
+
+  def search(self, q, k, effort):
+    self.asked.append((k, effort))
+    stop = self.row.indexed[1]
+    score = q @ self.row.k[0, FIRST:stop].T
+    worst = np.argsort(score, axis=1)[:, :k][:, ::-1]
+    return np.take_along_axis(score, worst, 1), worst + FIRST
+
+
+def test_a_search_that_fails_goes_on_to_all_keys():
+  row = make('exact')
+  row.wait()
+  stuck = row.indexes[0] = Stuck(row)
+  q, _, _ = drawn(4, seed=4)
+  part, counts = ask(row, q)
+  assert [a for a, _ in stuck.asked] == [40, 40, 80]
+  assert [e for _, e in stuck.asked] == [80, 160, 320]
+  assert counts['exact'] == 4 and counts['more_effort'] == 12
+  stop = SEARCH.until(N)
+  out, lse = attended(row, q, np.tile(np.arange(FIRST, stop), (4, 1)))
+  np.testing.assert_allclose(part.lse, lse, rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(part.out, out, rtol=1e-3, atol=1e-4)
+
+
+def test_new_tokens_are_seen_then_join_in_blocks():
+  row = make(n=1000)
+  row.wait()
+  q, k, v = drawn(1100, seed=5)
+  k[7] = q[0]  # what q[0] wants most
+  row.write(1000, k, v, np.arange(1000, 2100, dtype=np.int32))
+  until = SEARCH.until(2100)
+  best = exact(q[:1], row.k[0, FIRST:until], 40) + FIRST
+  assert best[0, 0] == 1007
+  for joined in (False, True):
+    if joined:
+      row.join(until, POOL)
+      assert row.indexed[1] == SEARCH.until(1000) + 1024
+    part, _ = ask(row, q[:1], effort=400)
+    out, lse = attended(row, q[:1], best)
+    assert np.abs(part.lse - lse).max() < 0.05
+    assert np.abs(part.out - out).max() < 0.05
+  row.truncate(1005)  # cut again, into what has joined
+  assert row.indexed[1] == 1005
+  part, _ = ask(row, q[:1], effort=400)
+  best = exact(q[:1], row.k[0, FIRST : SEARCH.until(1005)], 40) + FIRST
+  assert np.abs(part.lse - attended(row, q[:1], best)[1]).max() < 0.05
+
+
+def test_a_cut_before_the_index_is_there_waits_for_it():
+  row = make('exact', n=400)
+  row.truncate(150)
+  assert row.indexed == (FIRST, 150)
+  part, counts = ask(row, drawn(2, seed=6)[0], recent=16, page=1)
+  assert counts['attended'] == 2 * 40 and np.all(np.isfinite(part.lse))
+
+
+def test_a_context_is_indexed_once(tmp_path):
+  first = make(folder=tmp_path)
+  first.wait()
+  (path,) = tmp_path.iterdir()
+  again = make(folder=tmp_path)
+  again.wait()
+  q, _, _ = drawn(3, seed=7)
+  np.testing.assert_array_equal(ask(first, q)[0].out, ask(again, q)[0].out)
+  assert len(list(tmp_path.iterdir())) == 1
+  data = path.read_bytes()
+  check_refused(tmp_path, path, data[:-100], 'truncated or damaged')
+  other = make(folder=tmp_path / 'other', n=500)
+  other.wait()
+  (stranger,) = pathlib.Path(tmp_path / 'other').iterdir()
+  check_refused(tmp_path, path, stranger.read_bytes(), 'of another context')
+
+
+def check_refused(folder, path, data, reason):
+  """The request fails, every time; it does not answer without its index."""
+  path.write_bytes(data)
+  row = make(folder=folder)
+  for _ in range(2):
+    with pytest.raises(ValueError, match=reason):
+      row.wait()
