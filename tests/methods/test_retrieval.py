@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 
 import chex
 import jax
@@ -9,10 +10,13 @@ import numpy as np
 import pytest
 
 from lcx import methods, sharding
+from lcx.cache import host_calls
 from lcx.engine import Engine
 from lcx.methods.base import Prompt
 from lcx.models import transformer
 from lcx.models.presets import PRESETS
+from lcx.select import vector_index
+from lcx.select.vector_index import has_faiss
 
 CONFIG = dataclasses.replace(PRESETS['tiny'], dtype='float32')
 CAPACITY = 384
@@ -24,6 +28,19 @@ SMALL = {
     'cluster': 8,
     'top': 24,
     'probe': 64,
+    'cache.page': 16,
+  },
+  'retrieval': {
+    'decode.sink': 16,
+    'decode.recent': 32,
+    'top': 24,
+    'mass': 0.0,
+    'index': 'graph' if has_faiss() else 'exact',
+    'queries': 256,
+    'neighbours': 32,
+    'degree': 16,
+    'cache.sink': 16,
+    'cache.recent': 32,
     'cache.page': 16,
   },
 }
@@ -62,6 +79,12 @@ def small(request):
   return methods.get_method(request.param, **SMALL[request.param])
 
 
+@pytest.fixture
+def clusters():
+  """The conformance suite's budgets do not reach its index; the host's do."""
+  return methods.get_method('retrieval_cluster', **SMALL['retrieval_cluster'])
+
+
 def test_all_tokens_retrieved_is_dense(small):
   method = small.at_full_budget(CAPACITY)
   tokens, scores, session = answer(make_engine(method), [prompt(1)])
@@ -82,20 +105,20 @@ def test_less_than_all_is_seen(small):
   assert 0.2 < mass < 0.999
 
 
-def test_rows_do_not_meet(small):
+def test_rows_do_not_meet(clusters):
   """Batch order and padding do not matter where the index is used."""
   prompts = [prompt(2), prompt(3, context=190)]
-  tokens, scores, _ = answer(make_engine(small, batch=2), prompts, 30)
+  tokens, scores, _ = answer(make_engine(clusters, batch=2), prompts, 30)
   for row, one in enumerate(prompts):
-    single, single_scores, _ = answer(make_engine(small), [one], 30)
+    single, single_scores, _ = answer(make_engine(clusters), [one], 30)
     assert single[0] == tokens[row]
     chex.assert_trees_all_close(
       single_scores[0], scores[row], rtol=2e-3, atol=2e-3
     )
 
 
-def test_rewound_tokens_leave_no_trace(small):
-  engine = make_engine(small)
+def test_rewound_tokens_leave_no_trace(clusters):
+  engine = make_engine(clusters)
   draw = np.random.default_rng(5)
   first, other = (draw.integers(0, 256, n).astype(np.int32) for n in (5, 9))
   session = engine.prefill([prompt(4)], 0)
@@ -113,8 +136,8 @@ def test_rewound_tokens_leave_no_trace(small):
 
 
 @pytest.mark.mesh
-def test_sharded_full_budget_is_dense(small):
-  method = small.at_full_budget(CAPACITY)
+def test_sharded_full_budget_is_dense(clusters):
+  method = clusters.at_full_budget(CAPACITY)
   prompts = [prompt(8, context=240), prompt(9, context=211)]
   tokens, scores, session = answer(
     make_engine(method, batch=2, mesh=(2, 2, 2)), prompts, 20
@@ -126,3 +149,85 @@ def test_sharded_full_budget_is_dense(small):
   np.testing.assert_allclose(
     session.sums['keys'], session.sums['pairs'], rtol=1e-6
   )
+
+
+# The host tier alone.
+
+
+def host_method(**fields):
+  return methods.get_method('retrieval', **(SMALL['retrieval'] | fields))
+
+
+def test_a_graph_finds_what_the_best_keys_hold():
+  """Most of the softmax that the exact best keys capture, at equal top."""
+  masses = {}
+  for kind in ('exact', SMALL['retrieval']['index']):
+    engine = make_engine(host_method(index=kind))
+    _, _, session = answer(engine, [prompt(1)], 20)
+    masses[kind] = float(session.sums['mass'][0])
+    assert session.sums['keys'][0] < 0.5 * session.sums['pairs'][0]
+    assert session.sums['host_us'][0] > 0
+  assert min(masses.values()) > 0.98 * max(masses.values())
+
+
+def test_a_row_whose_search_raises_ends_alone(monkeypatch):
+  engine = make_engine(host_method(), batch=2)
+  prompts = [prompt(2), prompt(3, context=190)]
+  want, _, _ = answer(engine, prompts, 8)
+  session = engine.prefill(prompts, 0)
+  broken = session.caches[1].rows()[0]
+
+  def search(*args):
+    raise RuntimeError('a search thread')
+
+  broken.wait()
+  monkeypatch.setattr(broken, 'attend', search)
+  tokens, status = engine.decode(session, 8)
+  assert status == ['host_failed', 'ok'] and tokens[1] == want[1]
+  assert 'a search thread' in host_calls.last_error
+  again, _, _ = answer(engine, prompts, 8)
+  assert again == want
+
+
+def test_a_session_that_is_dropped_gives_its_memory_back():
+  engine = make_engine(host_method())
+  gc.collect()
+  before = host_calls.held_bytes()
+  session = engine.prefill([prompt(1)], 0)
+  mine = sum(sum(c.nbytes('host').values()) for c in session.caches)
+  assert mine > 0 and host_calls.held_bytes() == before + mine
+  del session
+  gc.collect()
+  assert host_calls.held_bytes() == before
+
+
+def test_an_index_is_kept_and_a_damaged_one_fails_the_request(tmp_path):
+  engine = make_engine(host_method(folder=str(tmp_path)))
+  want, _, session = answer(engine, [prompt(1)], 8)
+  files = sorted(tmp_path.iterdir())
+  assert len(files) == CONFIG.n_layers
+  times = [f.stat().st_mtime_ns for f in files]
+  del session
+  assert answer(engine, [prompt(1)], 8)[0] == want
+  assert [f.stat().st_mtime_ns for f in files] == times
+  files[0].write_bytes(files[0].read_bytes()[:-50])
+  _, status = engine.decode(engine.prefill([prompt(1)], 0), 8)
+  assert status == ['host_failed']
+  assert 'truncated or damaged' in host_calls.last_error
+  files[0].unlink()
+  assert answer(engine, [prompt(1)], 8)[0] == want
+
+
+def test_what_cannot_be_served_is_refused_before_prefill(monkeypatch):
+  with pytest.raises(ValueError, match='GiB of host memory.*are left'):
+    make_engine(host_method(**{'cache.gigabytes': 1e-6}))
+  with pytest.raises(ValueError, match='decode keeps sink=16 .* cache sink=4'):
+    host_method(**{'cache.sink': 4})
+  with pytest.raises(ValueError, match='must be one of'):
+    make_engine(host_method(index='tree'))
+  window = dataclasses.replace(CONFIG, sliding_window=128)
+  with pytest.raises(ValueError, match='sliding window of 128'):
+    host_method().decode.check(window, CAPACITY)
+  monkeypatch.setattr(vector_index, 'has_faiss', lambda: False)
+  with pytest.raises(ValueError, match=r"'lcx\[index\]'.*retrieval_cluster"):
+    make_engine(host_method(index='graph', top=23))
