@@ -448,9 +448,7 @@ class Engine:
       if np.all(to_host(done)):
         break
     ended = self._ended(session)
-    return tokens, [
-      ended[b] if finite[b] else 'nan' for b in range(self.batch)
-    ]
+    return tokens, [ended[b] if finite[b] else 'nan' for b in range(self.batch)]
 
   def mark(self, session: Session) -> Session:
     """A copy of all but the caches, to which `rewind` returns."""
@@ -590,7 +588,10 @@ class Engine:
       if hasattr(cache, 'status'):
         status = to_host(cache.status).reshape(self.batch, -1).max(axis=1)
         worst = np.maximum(worst, status)
-    return ['ok' if w == 0 else host_fault(w) or 'out_of_pages' for w in worst]
+    return [
+      'ok' if w == 0 else host_fault(w) or 'out_of_pages'
+      for w in worst.tolist()
+    ]
 
 
 def _add(session: Session, sums: dict[str, Any]) -> None:
