@@ -57,7 +57,7 @@ def chunk_stats(
 
 
 def chunk_votes(
-  q: Float[Array, 'B R N H'],
+  voters: soft_vote.Voters,
   stats: Float[Array, 'B R N'],
   k: Float[Array, 'B K S H'],
   high: Int32[Array, 'B R'],
@@ -69,7 +69,7 @@ def chunk_votes(
   """Votes of all heads; meaningless outside a chunk's candidates.
 
   Args:
-    q: pooled queries of R chunks, or their `voters`.
+    voters: of R chunks, q [B R n H].
     stats: from `chunk_stats`.
     k: keys.
     high: one past each chunk's last candidate.
@@ -77,13 +77,14 @@ def chunk_votes(
     scale: of logits.
     model: mesh axis that shards heads; None: it does not.
   """
-  batch, rows, heads, _ = q.shape
+  batch, rows, heads, _ = voters.q.shape
   length = k.shape[2]
   tile = _tile(length, TILE_SCORES // (batch * rows * heads))
 
   def visit(j, found):
     keys = lax.dynamic_slice_in_dim(k, j * tile, tile, axis=2)
-    part = soft_vote.votes(token_scores(q, keys, scale=scale), stats, kind)
+    scores = token_scores(voters.q, keys, scale=scale)
+    part = soft_vote.votes(scores, stats, kind, voters.weight)
     return lax.dynamic_update_slice_in_dim(found, part, j * tile, axis=2)
 
   found = jnp.zeros((batch, rows, length), jnp.float32)

@@ -14,7 +14,8 @@ the same list for every head:
          u = max_{p in U} sum_h min(1, exp(b_hp) / Z_h): the list is the full
          scan's if v_k / (1 + r) > max(v_{k+1}, u).
 
-Rounding is allowed for: bounds are raised, and votes lowered, by ROUNDING.
+Weights of heads multiply both sides. Rounding is allowed for: bounds are
+raised, and votes lowered, by ROUNDING.
 """
 
 from collections.abc import Callable
@@ -48,7 +49,7 @@ class Pruned(NamedTuple):
 
 
 def pruned_tokens(
-  q: Float[Array, 'B N H'],
+  voters: soft_vote.Voters,
   read: Callable[[Int32[Array, 'B M']], Float[Array, 'B K M page H']],
   bounds: tuple[Float[Array, 'B K C H'], Float[Array, 'B K C H']],
   low: Int32[Array, 'B'],
@@ -66,7 +67,7 @@ def pruned_tokens(
   """The k tokens with most votes among those of the best pages.
 
   Args:
-    q: a query a row, in the frame of the bounds.
+    voters: a query a row, in the frame of the bounds.
     read: keys of some of the bounds' pages, by index.
     bounds: (kmin, kmax) of this shard's pages.
     low: first candidate token of this shard.
@@ -84,7 +85,9 @@ def pruned_tokens(
     The list, and whether it is the full scan's.
   """
   batch, _, n_pages, _ = bounds[0].shape
-  q = soft_vote.voters(q, bounds[0].shape[1], kind)
+  q, weight = voters.q, voters.weight
+  if weight is not None:
+    weight = weight[:, None]
   first = jnp.arange(n_pages, dtype=jnp.int32) * page
   n = jnp.minimum(first + page, high[:, None]) - jnp.maximum(
     first, low[:, None]
@@ -93,7 +96,7 @@ def pruned_tokens(
   bound = page_scores(q[:, None], *bounds) * scale  # [B 1 N C]
   by_bound = 'top_k' if kind == 'top_k' else 'soft'
   stats = soft_vote.head_stats(bound, (n > 0)[:, None], by_bound, k, seq)
-  promise = soft_vote.votes(bound, stats, by_bound)[:, 0]
+  promise = soft_vote.votes(bound, stats, by_bound, weight)[:, 0]
   promise = soft_vote.over_heads(promise, model)
   promise = jnp.where(n > 0, promise, -jnp.inf)
   best, _ = top_tokens(promise, max(scored // page, 1), seq)
@@ -106,7 +109,8 @@ def pruned_tokens(
   keys = keys.reshape(*keys.shape[:2], -1, keys.shape[-1])
   scores = token_scores(q[:, None], keys, scale=scale)  # [B 1 N A]
   stats = soft_vote.head_stats(scores, mask[:, None], kind, k, seq)
-  found = soft_vote.over_heads(soft_vote.votes(scores, stats, kind), model)
+  found = soft_vote.votes(scores, stats, kind, weight)
+  found = soft_vote.over_heads(found, model)
   found = jnp.where(mask, found[:, 0], -jnp.inf)
   index, count = top_tokens(found, k, seq)
   token = token.reshape(batch, -1)
@@ -121,6 +125,7 @@ def pruned_tokens(
       found,
       bound[:, 0],
       stats[:, 0],
+      weight,
       jnp.where(left, n, 0),
       _error(q, bounds, scale, seq),
       k,
@@ -146,6 +151,7 @@ def _certain(
   found: Float[Array, 'B A'],
   bound: Float[Array, 'B N C'],
   stats: Float[Array, 'B N'],
+  weight: Float[Array, 'B 1 N'] | None,
   left: Int32[Array, 'B C'],
   error: Float[Array, 'B N'],
   k: int,
@@ -159,6 +165,7 @@ def _certain(
     found: votes of scored candidates.
     bound: of all pages' logits.
     stats: of the scored candidates.
+    weight: of heads; the bounds above hold term by term, whatever it is.
     left: candidates of each page that was not scored.
     error: of a bound, by rounding.
     k: tokens chosen.
@@ -173,7 +180,7 @@ def _certain(
   )
   bound += error[:, :, None]
   kth, after = soft_vote.kth_best(found, k, seq)
-  at_most = soft_vote.votes(bound[:, None], stats[:, None], kind)[:, 0]
+  at_most = soft_vote.votes(bound[:, None], stats[:, None], kind, weight)[:, 0]
   at_most = soft_vote.over_heads(at_most, model)
   at_most = most(jnp.where(left > 0, at_most, -jnp.inf), axis=1)
   none_left = at_most == -jnp.inf

@@ -9,14 +9,18 @@ arXiv:2411.02886, section 5.1. With s_hi the logit of query head h and token i,
   soft       v_i = sum_h softmax_i(s_h)                         (equation 7)
 
 Each is a sum over heads of f(s_hi, stat_h) with one number a head that depends
-on all candidates: the log-sum-exp, the k-th best logit, nothing. So tokens may
-be scored in tiles, on shards, or in part.
+on all candidates: the log-sum-exp, what parts the k-th best logit from the
+next, nothing. So tokens may be scored in tiles, on shards, or in part. Heads
+may weigh differently: heads='energy' counts a vote as often as its query is
+long (a variant that third parties tried; the paper counts all alike).
 
 Two departures from the public release: query head h reads kv head h // G (the
 release takes h modulo K, which no checkpoint means), and pooling windows are
 odd (an even one shifts votes by half a token).
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import jax
@@ -24,11 +28,24 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from kernels_pallas.selected_token import token_scores
-
 Kind = Literal['soft', 'top_k', 'head_vote']
+Heads = Literal['equal', 'energy']
 Pooling = Literal['mean', 'l2']
-KINDS, POOLINGS = get_args(Kind), get_args(Pooling)
+KINDS, HEADS, POOLINGS = get_args(Kind), get_args(Heads), get_args(Pooling)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Voters:
+  """Whose logits count, and how much.
+
+  Attributes:
+    q: queries, equally many for every kv head.
+    weight: of each query's vote; None: all alike.
+  """
+
+  q: Float[Array, '*R n H']
+  weight: Float[Array, '*R n'] | None = None
 
 
 def pool_queries(
@@ -66,18 +83,30 @@ def mean_of(
 
 
 def voters(
-  q: Float[Array, '*R N H'], n_kv_heads: int, kind: Kind
-) -> Float[Array, '*R n H']:
+  q: Float[Array, '*R N H'], n_kv_heads: int, kind: Kind, heads: Heads = 'equal'
+) -> Voters:
   """The queries whose logits are summed.
 
   A sum of logits over the query heads of one kv head is the logit of their
   sum, so 'top_k' has one voter a kv head.
+
+  Args:
+    q: a query a head.
+    n_kv_heads: K; query head h reads kv head h // (N / K).
+    kind: of vote.
+    heads: 'equal', or 'energy': each counts by the norm of its query.
   """
+  weight = None
+  if heads == 'energy':
+    weight = jnp.linalg.norm(q.astype(jnp.float32), axis=-1)
   if kind != 'top_k':
-    return q
+    return Voters(q, weight)
+  x = q.astype(jnp.float32)
+  if weight is not None:
+    x = x * weight[..., None]
   *rows, n, h = q.shape
-  groups = q.reshape(*rows, n_kv_heads, n // n_kv_heads, h)
-  return jnp.sum(groups.astype(jnp.float32), axis=-2).astype(q.dtype)
+  x = jnp.sum(x.reshape(*rows, n_kv_heads, n // n_kv_heads, h), axis=-2)
+  return Voters(x.astype(q.dtype))
 
 
 def head_stats(
@@ -100,7 +129,10 @@ def head_stats(
     return jnp.zeros(scores.shape[:3], jnp.float32)
   scores = jnp.where(candidates[:, :, None], scores, -jnp.inf)
   if kind == 'head_vote':
-    return kth_best(scores, k, seq)[0]
+    # Half way to the next, so that a logit that is computed again, in another
+    # order of its sum, falls on the same side.
+    last, after = kth_best(scores, k, seq)
+    return (last + after) / 2
   top = jnp.max(scores, axis=-1)
   if seq is not None:
     top = lax.pmax(top, seq)
@@ -127,6 +159,7 @@ def votes(
   scores: Float[Array, 'B R N S'],
   stats: Float[Array, 'B R N'],
   kind: Kind,
+  weight: Float[Array, 'B R N'] | None = None,
 ) -> Float[Array, 'B R S']:
   """Votes for each token from this shard's heads.
 
@@ -134,6 +167,7 @@ def votes(
     scores: logits of some tokens; all heads of `voters`.
     stats: from `head_stats`.
     kind: of vote.
+    weight: of each head; None: all alike.
   """
   stats = stats[..., None]
   if kind == 'soft':
@@ -143,6 +177,8 @@ def votes(
     part = (scores >= stats).astype(jnp.float32)
   else:
     part = scores
+  if weight is not None:
+    part = part * weight[..., None]
   return jnp.sum(part, axis=2)
 
 
@@ -164,12 +200,12 @@ def max_pool(
 
 
 def cosine(
-  x: Float[Array, 'B N H'], y: Float[Array, 'B N H'], model: str | None = None
-) -> Float[Array, 'B']:
+  x: Float[Array, '*R N H'], y: Float[Array, '*R N H'], model: str | None = None
+) -> Float[Array, '*R']:
   """Cosine of two vectors that run over all heads; 0 where one is 0."""
   x, y = x.astype(jnp.float32), y.astype(jnp.float32)
   sums = jnp.stack(
-    [jnp.sum(a * b, axis=(1, 2)) for a, b in ((x, y), (x, x), (y, y))]
+    [jnp.sum(a * b, axis=(-2, -1)) for a, b in ((x, y), (x, x), (y, y))]
   )
   dot, xx, yy = over_heads(sums, model)
   return dot * jax.lax.rsqrt(jnp.maximum(xx * yy, 1e-30))
@@ -184,14 +220,13 @@ def candidates(
 
 
 def all_votes(
-  q: Float[Array, 'B N H'],
-  keys: Float[Array, 'B K S H'],
+  voters: Voters,
+  scores_of: Callable[[Float[Array, 'B 1 N H']], Float[Array, 'B 1 N S']],
   low: Int32[Array, 'B'],
   high: Int32[Array, 'B'],
   *,
   kind: Kind,
   k: int,
-  scale: float,
   pool: int = 1,
   model: str | None = None,
   seq: str | None = None,
@@ -199,21 +234,19 @@ def all_votes(
   """Votes for every candidate of this shard; -inf for other tokens.
 
   Args:
-    q: a query a row.
-    keys: of this shard.
+    voters: a query a row.
+    scores_of: logits of queries, for every key of this shard.
     low: first candidate token of this shard.
     high: one past its last.
     kind: of vote.
     k: tokens that a head votes for ('head_vote').
-    scale: of logits.
     pool: odd window over which votes are max-pooled.
     model: mesh axis that shards heads; None: it does not.
     seq: mesh axis that shards tokens; None: it does not.
   """
-  q = voters(q, keys.shape[1], kind)
-  mask = candidates(low, high, keys.shape[2])
-  scores = token_scores(q[:, None], keys, scale=scale)
+  scores = scores_of(voters.q[:, None])
+  mask = candidates(low, high, scores.shape[-1])
   stats = head_stats(scores, mask[:, None], kind, k, seq)
-  found = votes(scores, stats, kind)[:, 0]
-  found = over_heads(found, model)
-  return max_pool(found, mask, pool)
+  weight = None if voters.weight is None else voters.weight[:, None]
+  found = votes(scores, stats, kind, weight)[:, 0]
+  return max_pool(over_heads(found, model), mask, pool)

@@ -75,3 +75,21 @@ def with_ends(
   total = jnp.minimum(low[..., 0] + count[..., 0] + stop - high[..., 0], width)
   listed = jnp.where(middle < 0, place, jnp.where(middle < count, picked, late))
   return jnp.where(place < total[..., None], listed, 0), total
+
+
+def listed_tokens(
+  k: Float[Array, 'B K S H'],
+  v: Float[Array, 'B K S H'],
+  listed: Int32[Array, 'L W'],
+) -> tuple[Float[Array, 'L K W H'], Float[Array, 'L K W H']]:
+  """Keys and values of lists, which are as many for every row of the batch.
+
+  A place behind the last key, in the list of a short last chunk, reads it.
+  """
+  batch, kv_heads, length, dim = k.shape
+  lists = listed.shape[0]
+  row = jnp.arange(batch, dtype=jnp.int32).repeat(lists // batch)
+  pool = row[:, None] * kv_heads + jnp.arange(kv_heads, dtype=jnp.int32)
+  listed = jnp.minimum(listed, length - 1)
+  at = pool[:, :, None] * length + listed[:, None]  # [L K W]
+  return k.reshape(-1, dim)[at], v.reshape(-1, dim)[at]

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from kernels_pallas.keys import NEVER, Pages
-from lcx.cache import DenseCache
-from lcx.methods.base import Context
+from lcx.cache import CacheShape, DenseCache
+from lcx.cache.base import split
+from lcx.methods.base import Axes, Context
 
 PAGE = 64  # of a working set, as kernels see it
 
@@ -40,6 +41,43 @@ class WorkingSet:
   total: Int32[Array, 'B']
   age: Int32[Array, 'B']
   expected: Int32[Array, 'B']
+
+  @classmethod
+  def empty(cls, shape: CacheShape) -> Self:
+    """One that fits no token; `start` gives it room."""
+    b, kv_heads, seq = shape.batch, shape.n_kv_heads, shape.shards.seq
+    tokens = jnp.zeros((b, kv_heads, seq, shape.head_dim), shape.dtype)
+    none = jnp.zeros((b,), jnp.int32)
+    return cls(
+      query=jnp.zeros((b, kv_heads, shape.head_dim), shape.dtype),
+      k=tokens,
+      v=tokens,
+      held=jnp.zeros((b * seq,), jnp.int32),
+      total=none,
+      age=none,
+      expected=none - 1,
+    )
+
+  @classmethod
+  def specs(cls, axes: Axes) -> Self:
+    """Its tree of `PartitionSpec`s."""
+    rows, tokens = split(axes.data), split(axes.data, axes.model, axes.seq)
+    return cls(
+      query=split(axes.data, axes.model),
+      k=tokens,
+      v=tokens,
+      held=split((axes.data, axes.seq)),
+      total=rows,
+      age=rows,
+      expected=rows,
+    )
+
+  def with_room(self, tokens: int) -> Self:
+    """Empty arrays of at least `tokens`, in whole pages."""
+    batch, kv_heads, _, dim = self.k.shape
+    tokens = -(-tokens // PAGE) * PAGE
+    empty = jnp.zeros((batch, kv_heads, tokens, dim), self.k.dtype)
+    return dataclasses.replace(self, k=empty, v=empty)
 
   def appended(
     self,
@@ -153,7 +191,7 @@ def ranks(cache, starts, listed, held, seq: str) -> Int32[Array, 'B n']:
 def on_this_shard(ctx: Context) -> Bool[Array, 'B T']:
   """Which new tokens `shards.append` has put here."""
   size = jax.lax.axis_size(ctx.axes.seq)
-  if size == 1:
+  if size == 1 or ctx.tail is None:
     return ctx.valid
   me = jax.lax.axis_index(ctx.axes.seq)
   fills = ctx.positions < ctx.tail.until[:, None]

@@ -14,6 +14,7 @@ from lcx.methods.base import Context, Tail
 from lcx.methods.tokenselect import TokenSelectDecode, TokenSelectPrefill
 from lcx.models import transformer
 from lcx.models.presets import PRESETS
+from lcx.models.rope import frequencies
 
 CONFIG = dataclasses.replace(PRESETS['tiny'], dtype='float32')
 ROPE = transformer.make_rope(CONFIG)
@@ -36,7 +37,7 @@ def draw(seed, length=LENGTH, batch=1):
 
 def context(positions, count, tail=None, trace=True, room=0):
   positions = jnp.asarray(positions, jnp.int32)
-  batch, length = positions.shape
+  length = positions.shape[1]
   count = jnp.asarray(count, jnp.int32)
   return Context(
     positions=positions,
@@ -66,8 +67,10 @@ def alone(function):
 
 def rotated(x, positions):
   """x [n heads H] at positions [n], in float64."""
-  x = jnp.asarray(x, jnp.float32)[None]
-  return np.float64(ROPE(x, jnp.asarray(positions, jnp.int32)[None])[0])
+  angle = np.asarray(positions)[:, None, None] * frequencies(CONFIG.rope, DIM)
+  a, b = np.split(np.float64(x), 2, axis=-1)
+  cos, sin = np.cos(angle), np.sin(angle)
+  return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
 # The paper's method for one row.
@@ -76,8 +79,9 @@ def rotated(x, positions):
 def chosen(asked, keys, low, high, part):
   """Section 5.1: k tokens of [low, high), ascending."""
   votes = np.zeros(high)
-  for h in range(HEADS):
-    scores = keys[:high, h // GROUP] @ asked[h]
+  order = part.voters or range(HEADS)
+  for place, h in enumerate(order):
+    scores = keys[:high, place // GROUP] @ asked[h]
     scores *= 1.0 if part.logits == 'raw' else DIM**-0.5
     some = scores[low:]
     if part.vote == 'top_k':
@@ -119,6 +123,10 @@ def expected_prefill(q, k, v, part):
   out = np.zeros(q.shape)
   for begin in range(0, len(q), part.chunk):
     asked, keys = frames(q[begin : begin + part.chunk], k, begin, part)
+    if part.merge == 0:  # all neighbours are alike
+      alone = part.merged // part.chunk * part.chunk
+      first = begin // alone * alone
+      asked, _ = frames(q[first : first + alone], k, first, part)
     if part.pooling == 'l2':
       norm = np.linalg.norm(asked, axis=-1, keepdims=True)
       asked = (asked * norm).sum(0) / norm.sum(0)
@@ -145,6 +153,7 @@ def expected_prefill(q, k, v, part):
     {'vote': 'top_k', 'local': 64},
     {'vote': 'head_vote', 'pooling': 'l2'},
     {'pool': 3, 'logits': 'scaled', 'local': 64},
+    {'merge': 0.0, 'merged': 64, 'voters': (0, 2, 1, 3)},
   ],
   ids=str,
 )
@@ -152,6 +161,8 @@ def test_prefill_is_the_papers(fields):
   part = TokenSelectPrefill(chunk=32, **SMALL | fields)
   part.check(CONFIG, LENGTH)
   q, k, v = draw(0)
+  if part.merge == 0:
+    q = q + 2  # every cosine is above 0
 
   def run(q, k, v):
     cache = Dense().init(CacheShape(1, KV_HEADS, DIM, LENGTH, 'float32'))
@@ -166,9 +177,12 @@ def test_prefill_is_the_papers(fields):
   assert 0 < float(keys[0]) < dense / 2
 
 
-def test_a_chunk_that_two_shards_share_selects_once():
+@pytest.mark.xdist_group('mesh')
+@pytest.mark.parametrize('fields', [{'chunk': 96}, {'merge': 0.1}], ids=str)
+def test_a_chunk_that_two_shards_share_selects_once(fields):
   """The prompt's grid of chunks does not depend on the mesh."""
-  part = TokenSelectPrefill(k=20, sink=4, local=96, chunk=96)
+  fields = {'k': 20, 'sink': 4, 'local': 96, 'chunk': 32, 'merged': 96} | fields
+  part = TokenSelectPrefill(**fields)
   q, k, v = draw(1)
 
   def run(q, k, v):
@@ -194,7 +208,8 @@ def test_a_chunk_that_two_shards_share_selects_once():
 class Run:
   """Decode of one layer, token by token, on one device."""
 
-  def __init__(self, part, cache=None, seed=0, batch=1, prompt=200, room=48):
+  def __init__(self, part, cache=None, seed=0, batch=1, rope=ROPE):
+    prompt, room = 200, 48
     part.check(CONFIG, LENGTH)
     rotates = part.positions == 'true'
     config = cache or Dense(rotated=rotates)
@@ -208,13 +223,13 @@ class Run:
       )
       keys = ROPE(k, ctx.positions) if rotates else k
       cache = config.init(shape).append(keys, v, ctx.positions)
-      state = part.observe(q, k, v, ROPE, part.init_state(shape), ctx)
+      state = part.observe(q, k, v, rope, part.init_state(shape), ctx)
       return cache, part.start(cache, state)
 
     def step(q, k, v, cache, state, at, count):
       positions = at[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)
       ctx = context(positions, count)
-      return part.attend(q, k, v, ROPE, cache, state, ctx)
+      return part.attend(q, k, v, rope, cache, state, ctx)
 
     self.cache, self.state = alone(begin)(
       *(x[:, :prompt] for x in (self.q, self.k, self.v))
@@ -293,14 +308,16 @@ def test_a_repeated_query_hits_and_an_orthogonal_one_selects():
   query = np.random.default_rng(9).normal(size=(HEADS, DIM))
   _, counters = run.step(query)
   assert counters['selections'] == 1
-  held = int(run.state.held[0])
-  before = np.asarray(run.state.k)[:, :, :held]
+  held = int(run.state.working.held[0])
+  before = np.asarray(run.state.working.k)[:, :, :held]
   _, ids = run.expected()
   assert held == len(ids)
   out, counters = run.step(query)
   assert counters['hits'] == 1 and counters['selections'] == 0
   # The same list, with the new token behind it.
-  np.testing.assert_array_equal(np.asarray(run.state.k)[:, :, :held], before)
+  np.testing.assert_array_equal(
+    np.asarray(run.state.working.k)[:, :, :held], before
+  )
   seen = np.array([*ids, run.at - 1])
   k, v = np.asarray(run.k[0]), np.asarray(run.v[0])
   want = attend(query, k[seen], v[seen], run.at - 1, seen)
@@ -320,7 +337,7 @@ def test_a_list_serves_reuse_tokens_and_none_leaves_the_window():
     _, counters = run.step(query)
     hits.append(int(counters['hits'][0]))
     # Sink, list and every token since: at most the three budgets.
-    assert int(run.state.held[0]) <= part.width
+    assert int(run.state.working.held[0]) <= part.width
   assert hits == [0, 1, 1, 1] * 2 + [0]
 
 
@@ -350,39 +367,45 @@ def test_a_cut_row_selects_anew():
   assert counters['selections'] == 1
 
 
-@pytest.mark.parametrize('part', ['prefill', 'decode'])
-def test_extrapolation_keeps_positions_short(part, monkeypatch):
-  """Every position that is rotated to, in attention and in scoring."""
-  highest = []
+def spied(highest):
+  """The rotation, which notes the highest position it is given."""
 
-  def spy(x, positions):
+  def rope(x, positions):
     jax.debug.callback(lambda p: highest.append(int(p)), jnp.max(positions))
     return ROPE(x, positions)
 
-  if part == 'prefill':
-    method = TokenSelectPrefill(chunk=32, positions='rank', **SMALL)
-    q, k, v = draw(0)
+  return rope
 
-    def run(q, k, v):
-      config = Dense(rotated=False)
-      cache = config.init(CacheShape(1, KV_HEADS, DIM, LENGTH, 'float32'))
-      ctx = context(jnp.arange(LENGTH)[None], [LENGTH], room=LENGTH)
-      # `store` takes rotated keys, too, which this cache does not keep.
-      return method.attend(q, k, v, spy, cache, ctx)[0]
 
-    jax.block_until_ready(alone(run)(q, k, v))
-  else:
-    monkeypatch.setattr('test_tokenselect.ROPE', spy, raising=False)
-    method = TokenSelectDecode(positions='rank', reuse=8, **SMALL)
-    globals()['ROPE'], kept = spy, ROPE
-    try:
-      run = Run(method)
-      for tokens in (5, 1, 1):
-        run.step(tokens=tokens)
-    finally:
-      globals()['ROPE'] = kept
+def test_extrapolation_keeps_positions_short_in_prefill():
+  """Every position that is rotated to, in attention and in scoring."""
+  highest = []
+  part = TokenSelectPrefill(chunk=32, positions='rank', **SMALL | {'k': 40})
+  part.check(CONFIG, LENGTH)
+  q, k, v = draw(0)
+
+  def run(q, k, v):
+    config = Dense(rotated=False)
+    cache = config.init(CacheShape(1, KV_HEADS, DIM, LENGTH, 'float32'))
+    ctx = context(jnp.arange(LENGTH)[None], [LENGTH], room=LENGTH)
+    return part.attend(q, k, v, spied(highest), cache, ctx)[0]
+
+  jax.block_until_ready(alone(run)(q, k, v))
   jax.effects_barrier()
-  assert highest and max(highest) < method.width
+  assert highest and max(highest) < part.width < LENGTH
+
+
+def test_extrapolation_keeps_positions_short_in_decode():
+  highest = []
+  part = TokenSelectDecode(positions='rank', reuse=8, **SMALL)
+  run = Run(part, rope=spied(highest))
+  for tokens in (5, 1, 1):
+    run.step(tokens=tokens)
+  query = np.random.default_rng(9).normal(size=(HEADS, DIM))
+  for _ in range(9):  # hits add tokens up to the whole window
+    run.step(query)
+  jax.effects_barrier()
+  assert highest and max(highest) == part.width - 1 < run.at
 
 
 def test_extrapolation_at_full_budget_is_dense():
@@ -401,7 +424,7 @@ def test_extrapolation_at_full_budget_is_dense():
   [
     {'positions': 'rank'},
     {'scoring': 'pruned', 'vote': 'top_k', 'scored': 64},
-    {'scoring': 'budget', 'scored': 64},
+    {'scoring': 'budget', 'scored': 64, 'score_bits': 8},
   ],
   ids=str,
 )
@@ -429,17 +452,20 @@ def test_shards_decode_as_one_device(fields):
       tail = Tail(
         jnp.array([shards - 1], jnp.int32), jnp.array([prompt], jnp.int32)
       )
-      outs, at = [], prompt
-      for tokens in (5, *[1] * steps):
-        piece = slice(at - prompt, at - prompt + tokens)
+
+      def step(carry, piece):
+        cache, state, at = carry
+        tokens = piece[0].shape[1]
         ctx = context(at + jnp.arange(tokens)[None], [tokens], tail)
-        ctx = dataclasses.replace(ctx, lengths=jnp.array([at + tokens]))
-        out, cache, state, _ = part.attend(
-          *(x[:, piece] for x in after), ROPE, cache, state, ctx
-        )
-        outs.append(out)
-        at += tokens
-      return jnp.concatenate(outs, axis=1)
+        ctx = dataclasses.replace(ctx, lengths=at + tokens)
+        out, cache, state, _ = part.attend(*piece, ROPE, cache, state, ctx)
+        return (cache, state, at + tokens), out
+
+      carry = cache, state, jnp.array([prompt], jnp.int32)
+      carry, first = step(carry, tuple(x[:, :5] for x in after))
+      rest = tuple(x[:, 5:].swapaxes(0, 1)[:, None] for x in after)
+      _, outs = jax.lax.scan(step, carry, rest)
+      return jnp.concatenate([first, outs[:, 0].swapaxes(0, 1)], axis=1)
 
     heads = P(None, 'seq', 'model')
     whole = P(None, None, 'model')
@@ -464,10 +490,19 @@ def test_shards_decode_as_one_device(fields):
 @pytest.mark.parametrize(
   ('part', 'fields', 'reason'),
   [
-    ('prefill', {'local': 256}, 'must hold the chunk'),
+    ('prefill', {'local': 64}, 'must hold the chunk'),
     ('prefill', {'pool': 4}, 'must be odd'),
     ('prefill', {'chunk': 96}, 'multiple or a divisor'),
     ('prefill', {'k': 0}, 'must be at least 1'),
+    ('prefill', {'k': LENGTH + 1}, 'above the 256 tokens of the context'),
+    ('prefill', {'positions': 'rank', 'sink': 0}, 'votes at local and beyond'),
+    ('prefill', {'merge': 2.0}, 'merge=2.0 must be within'),
+    ('prefill', {'merged': 64}, 'must be at least chunk=128'),
+    ('prefill', {'heads': 'some'}, 'heads='),
+    ('prefill', {'voters': (0, 0, 1, 2)}, 'each of the 4 query heads once'),
+    ('decode', {'k': LENGTH + 1}, 'above the 256 tokens of the context'),
+    ('decode', {'score_bits': 4}, 'must be 8 or 16'),
+    ('decode', {'scoring': 'pruned', 'score_bits': 8}, 'no certificate can'),
     ('decode', {'pool': 2}, 'must be odd'),
     ('decode', {'threshold': 1.5}, 'within 0 and 1'),
     ('decode', {'threshold': -0.1}, 'within 0 and 1'),
@@ -476,18 +511,21 @@ def test_shards_decode_as_one_device(fields):
     ('decode', {'vote': 'loud'}, 'vote='),
     ('decode', {'scoring': 'pruned', 'pool': 3}, 'pooled votes'),
     ('decode', {'scoring': 'pruned', 'vote': 'head_vote'}, 'no certificate'),
-    ('decode', {'scoring': 'budget', 'scored': 64}, 'at least k='),
+    ('decode', {'scoring': 'budget', 'scored': 8}, 'at least k='),
   ],
   ids=str,
 )
 def test_bad_numbers_are_refused(part, fields, reason):
   part = getattr(methods.get_method('tokenselect'), part)
+  part = dataclasses.replace(part, k=64)
+  if isinstance(part, TokenSelectPrefill):
+    part = dataclasses.replace(part, chunk=128, local=128)
   with pytest.raises(ValueError, match=reason):
     dataclasses.replace(part, **fields).check(CONFIG, LENGTH)
 
 
 def test_models_that_do_not_fit_are_refused():
-  part = TokenSelectDecode(positions='rank')
+  part = TokenSelectDecode(positions='rank', k=64)
   config = dataclasses.replace(CONFIG, sliding_window=64)
   with pytest.raises(ValueError, match='sliding_window=64'):
     part.check(config, LENGTH)
@@ -498,6 +536,22 @@ def test_models_that_do_not_fit_are_refused():
 
   with pytest.raises(ValueError, match='no rotary positions'):
     part.check(WithoutRope(), LENGTH)
+
+
+def test_int8_copies_choose_almost_what_keys_choose():
+  """Logits within a copy's rounding; the list is another only at its edge."""
+  run = Run(TokenSelectDecode(**SMALL, reuse=1, score_bits=8, logits='scaled'))
+  lost = []
+  for tokens in (5, 1, 1, 1):
+    _, counters = run.step(tokens=tokens)
+    lost.append(float(counters['lost_votes'][0]))
+    copies = run.state.copies
+    keys = np.asarray(run.cache.k)[:, :, : run.at]
+    codes = np.asarray(copies.codes)[:, :, : run.at]
+    scale = np.asarray(copies.scale)[:, :, : run.at]
+    error = np.abs(codes * scale[..., None] - keys)
+    assert np.all(error <= 0.51 * scale[..., None])  # the new tokens', too
+  assert max(lost) < 0.01
 
 
 def test_the_cache_must_keep_what_is_asked_for():

@@ -1,5 +1,7 @@
 """Votes against their definition; pruned lists against full ones."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from lcx.select import soft_vote
+from kernels_pallas.selected_token import token_scores
+from lcx.select import chunk_grid, soft_vote
 from lcx.select.chunk_votes import chunk_stats, chunk_votes
 from lcx.select.pruned_scoring import lost_votes, pruned_tokens
 from lcx.select.top_tokens import top_tokens, with_ends
@@ -26,19 +29,20 @@ def draw(seed, length=LENGTH, spread=1.0, batch=1):
   return jnp.asarray(q, jnp.float32), jnp.asarray(k, jnp.float32)
 
 
-def expected_votes(q, k, low, high, kind, n_best, scale=1.0):
+def expected_votes(q, k, low, high, kind, n_best, scale=1.0, heads='equal'):
   """Of one row, in float64: query head h reads kv head h // G."""
   total = np.zeros(k.shape[1])
   for h in range(HEADS):
+    much = 1.0 if heads == 'equal' else np.linalg.norm(q[h])
     scores = scale * np.float64(k[h // (HEADS // KV_HEADS)]) @ np.float64(q[h])
     some = scores[low:high]
     if kind == 'top_k':
-      total[low:high] += some
+      total[low:high] += much * some
     elif kind == 'head_vote':
-      total[low + np.argsort(-some, kind='stable')[:n_best]] += 1
+      total[low + np.argsort(-some, kind='stable')[:n_best]] += much
     else:
       weight = np.exp(some - some.max())
-      total[low:high] += weight / weight.sum()
+      total[low:high] += much * weight / weight.sum()
   return total
 
 
@@ -47,28 +51,72 @@ def best(votes, low, high, n):
   return sorted(int(low + i) for i in order)
 
 
+def all_votes(
+  q, k, low, high, *, kind, n_best, scale=1.0, heads='equal', **axes
+):
+  return soft_vote.all_votes(
+    soft_vote.voters(q, k.shape[1], kind, heads),
+    lambda q: token_scores(q, k, scale=scale),
+    low,
+    high,
+    kind=kind,
+    k=n_best,
+    **axes,
+  )
+
+
 def listed(chosen, count):
   return [int(i) for i in np.asarray(chosen)[: int(count)]]
 
 
+@pytest.mark.parametrize('heads', soft_vote.HEADS)
 @pytest.mark.parametrize('kind', soft_vote.KINDS)
-def test_votes_are_the_definition(kind):
+def test_votes_are_the_definition(kind, heads):
   q, k = draw(0)
   low, high = jnp.array([5]), jnp.array([57])
-  how = {'kind': kind, 'k': 9, 'scale': 0.7}
-  votes = soft_vote.all_votes(q, k, low, high, **how)
-  want = expected_votes(q[0], k[0], 5, 57, kind, 9, 0.7)
+  how = {'kind': kind, 'n_best': 9, 'scale': 0.7}
+  votes = all_votes(q, k, low, high, heads=heads, **how)
+  want = expected_votes(q[0], k[0], 5, 57, kind, 9, 0.7, heads)
   np.testing.assert_allclose(votes[0, 5:57], want[5:57], rtol=1e-4, atol=1e-5)
   assert np.all(np.isneginf(np.asarray(votes[0, :5])))
   assert np.all(np.isneginf(np.asarray(votes[0, 57:])))
   # The prompt's chunks vote alike, over tiles of keys.
   at = low[:, None], high[:, None]
-  stats = chunk_stats(q[:, None], k, k, *at, kind=kind, n_best=9, scale=0.7)
-  heads = soft_vote.voters(q[:, None], KV_HEADS, kind)
-  tiled = chunk_votes(heads, stats, k, at[1], kind=kind, scale=0.7)
+  stats = chunk_stats(q[:, None], k, k, *at, **how)
+  voters = soft_vote.voters(q[:, None], KV_HEADS, kind, heads)
+  tiled = chunk_votes(voters, stats, k, at[1], kind=kind, scale=0.7)
   np.testing.assert_allclose(
     tiled[0, 0, 5:57], votes[0, 5:57], rtol=1e-4, atol=1e-5
   )
+
+
+@given(
+  alike=st.lists(st.booleans(), min_size=7, max_size=7),
+  most=st.integers(1, 4),
+)
+def test_chunks_with_alike_queries_vote_as_one(alike, most):
+  """Groups by hand; `alike`: a chunk's query is near the one before it."""
+  rng = np.random.default_rng(sum(alike))
+  total = [rng.normal(size=(HEADS, DIM))]
+  for near in alike:
+    step = rng.normal(size=(HEADS, DIM))
+    total.append(total[-1] + 1e-3 * step if near else step)
+  total, weight = np.stack(total), np.ones((len(total), HEADS, 1))
+  groups = [[0]]
+  for i, near in enumerate(alike, 1):
+    if near and len(groups[-1]) < most:
+      groups[-1].append(i)
+    else:
+      groups.append([i])
+  found, weights = jax.jit(chunk_grid.alike_as_one, static_argnums=(2, 3))(
+    np.float32(total)[None], np.float32(weight)[None], 0.95, most
+  )
+  for group in groups:
+    for i in group:
+      np.testing.assert_allclose(
+        found[0, i], total[group].sum(0), rtol=1e-3, atol=1e-4
+      )
+      assert np.all(np.asarray(weights[0, i]) == len(group))
 
 
 def test_pooled_queries_are_means():
@@ -116,15 +164,18 @@ def test_lists_ascend_without_a_gap(low, middle, tail, seed):
   assert listed(found[0], total[0]) == want
 
 
-def run_pruned(q, k, low, high, kind, n_best, scored, scale=1.0):
-  low, high = jnp.array([low]), jnp.array([high])
+@functools.partial(
+  jax.jit, static_argnames=('kind', 'n_best', 'scored', 'heads', 'scale')
+)
+def run_pruned(q, k, low, high, kind, n_best, scored, scale=1.0, heads='equal'):
+  low, high = jnp.atleast_1d(low), jnp.atleast_1d(high)
   pages = k.reshape(1, KV_HEADS, -1, PAGE, DIM)
 
   def read(index):
     return jnp.take_along_axis(pages, index[:, None, :, None, None], axis=2)
 
   return pruned_tokens(
-    q,
+    soft_vote.voters(q, KV_HEADS, kind, heads),
     read,
     (pages.min(3), pages.max(3)),
     low,
@@ -142,17 +193,24 @@ def run_pruned(q, k, low, high, kind, n_best, scored, scale=1.0):
   kind=st.sampled_from(['top_k', 'soft']),
   spread=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
   scored=st.sampled_from([8, 16, 32, 64]),
+  heads=st.sampled_from(soft_vote.HEADS),
   low=st.integers(0, 10),
   high=st.integers(12, LENGTH),
 )
 def test_a_certified_list_is_the_full_list(
-  seed, kind, spread, scored, low, high
+  seed, kind, spread, scored, heads, low, high
 ):
   q, k = draw(seed, spread=spread)
   q = 6 * q
-  found = run_pruned(q, k, low, high, kind, 6, scored)
-  votes = soft_vote.all_votes(
-    q, k, jnp.array([low]), jnp.array([high]), kind=kind, k=6, scale=1.0
+  found = run_pruned(q, k, low, high, kind, 6, scored, heads=heads)
+  votes = all_votes(
+    q,
+    k,
+    jnp.array([low]),
+    jnp.array([high]),
+    kind=kind,
+    n_best=6,
+    heads=heads,
   )
   whole = top_tokens(votes, 6)
   if bool(found.certain[0]):
@@ -194,14 +252,13 @@ def test_shards_choose_what_one_device_chooses(kind):
 
   def choose(q, k):
     first = jax.lax.axis_index('seq') * half
-    votes = soft_vote.all_votes(
+    votes = all_votes(
       q,
       k,
       jnp.clip(low - first, 0, half),
       jnp.clip(high - first, 0, half),
       kind=kind,
-      k=40,
-      scale=1.0,
+      n_best=40,
       model='model',
       seq='seq',
     )
@@ -216,5 +273,5 @@ def test_shards_choose_what_one_device_chooses(kind):
     check_vma=False,
   )
   got = np.sort(np.asarray(jax.jit(sharded)(q, k)), axis=1)[:, :40]
-  votes = soft_vote.all_votes(q, k, low, high, kind=kind, k=40, scale=1.0)
+  votes = all_votes(q, k, low, high, kind=kind, n_best=40)
   np.testing.assert_array_equal(got, top_tokens(votes, 40)[0])
