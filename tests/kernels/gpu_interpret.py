@@ -1,8 +1,9 @@
 """The Hopper kernels in interpret mode, beside the oracle: run as a script.
 
-`JAX_PLATFORMS=cpu python -m tests.kernels.gpu_interpret GROUP` runs a group of CASES; a kernel
-that waits for a lost barrier hangs, so the test gives it a process and a time
-limit. Every program of a grid is traced and compiled anew: shapes are small.
+`JAX_PLATFORMS=cpu python -m tests.kernels.gpu_interpret GROUP` runs a group of
+CASES; a kernel that waits for a lost barrier hangs, so the test gives it a
+process and a time limit. Every program of a grid is traced and compiled anew:
+shapes are small.
 """
 
 import functools

@@ -1,8 +1,9 @@
 """One TPU kernel in interpret mode, with race detection: run as a script.
 
-`JAX_PLATFORMS=cpu python -m tests.kernels.tpu_interpret GROUP` runs a group of CASES; a kernel
-that waits for a lost semaphore hangs, so the test gives it a process and a
-time limit. Uninitialised memory reads as NaN, reads out of bounds raise.
+`JAX_PLATFORMS=cpu python -m tests.kernels.tpu_interpret GROUP` runs a group of
+CASES; a kernel that waits for a lost semaphore hangs, so the test gives it a
+process and a time limit. Uninitialised memory reads as NaN, reads out of bounds
+raise.
 """
 
 import functools
