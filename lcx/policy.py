@@ -133,3 +133,25 @@ def load(path: str | pathlib.Path = DEFAULT) -> Policy:
     ) from error
   except (ValueError, TypeError, KeyError, AttributeError) as error:
     raise ValueError(f'{path} is no policy: {error}') from error
+
+
+def measured(op: str, method: str, config: Any, device: str) -> int:
+  """The crossover of a model's shape on a device; 0 where none was measured.
+
+  Args:
+    op: see `Entry`.
+    method: its name.
+    config: an `lcx.models.config.ModelConfig`.
+    device: as JAX names it, with the number of devices before it ('4 x NAME')
+      for what runs on several.
+  """
+  found = load().crossover(
+    op,
+    method,
+    device=device,
+    heads=config.n_heads,
+    kv_heads=config.n_kv_heads,
+    head_dim=config.head_dim,
+    bits=16,
+  )
+  return found or 0

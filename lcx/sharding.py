@@ -1,6 +1,7 @@
 """One table of logical axes over the mesh axes ("data", "seq", "model")."""
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ('data', 'seq', 'model')
@@ -24,7 +25,8 @@ def make_mesh(data: int = 1, seq: int = 1, model: int = 1) -> Mesh:
   Axes are Auto: the default of jax 0.11, Explicit, rejects unsharded inputs.
 
   Raises:
-    ValueError: an axis is not positive, or there are too few devices.
+    ValueError: an axis is not positive, there are too few devices, or, with
+      several processes, the mesh leaves some of their devices out.
   """
   shape = (data, seq, model)
   if min(shape) < 1:
@@ -35,6 +37,11 @@ def make_mesh(data: int = 1, seq: int = 1, model: int = 1) -> Mesh:
     raise ValueError(
       f'mesh {data=} x {seq=} x {model=} needs {size} devices; '
       f'this process has {len(devices)}'
+    )
+  if size != len(devices) and jax.process_count() > 1:
+    raise ValueError(
+      f'mesh {data=} x {seq=} x {model=} has {size} devices, the '
+      f'{jax.process_count()} processes have {len(devices)}: use all of them'
     )
   return jax.make_mesh(
     shape, MESH_AXES, (AxisType.Auto,) * 3, devices=devices[:size]
@@ -64,3 +71,34 @@ def named(mesh: Mesh, specs):
     specs,
     is_leaf=lambda s: isinstance(s, PartitionSpec),
   )
+
+
+def place(x, shardings):
+  """Arrays of this host, the same on every process, spread over a mesh.
+
+  `jax.device_put` compares hosts' copies by sending them round; this does not.
+  """
+
+  def one(x, where):
+    if where.is_fully_addressable:
+      return jax.device_put(x, where)
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+      return jax.device_put(x, where)  # lives on the mesh already
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, where, lambda i: x[i])
+
+  if isinstance(shardings, NamedSharding):
+    return jax.tree.map(lambda x: one(x, shardings), x)
+  return jax.tree.map(one, x, shardings)
+
+
+def to_host(x) -> np.ndarray:
+  """The whole array in every process, wherever its pieces live."""
+  if (
+    isinstance(x, jax.Array)
+    and isinstance(x.sharding, NamedSharding)
+    and not (x.is_fully_addressable or x.is_fully_replicated)
+  ):
+    whole = NamedSharding(x.sharding.mesh, PartitionSpec())
+    x = jax.jit(lambda x: x, out_shardings=whole)(x)
+  return np.asarray(x)

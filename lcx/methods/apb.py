@@ -15,23 +15,32 @@ piece. A layer does:
 The question then runs through the decode path, exactly, over all hosts' caches.
 
 With the gathered blocks rolled so that earlier hosts' stand last, what a row
-sees is one interval of [passing | anchor | local]. Bytes that a host receives a
-layer: (P - 1) * 2 * B * passing * K * H * e for P hosts, e bytes an element;
-with a shared anchor (P - 1) / P * 2 * B * anchor * K * H * e more.
+sees is one interval of [passing | anchor | local].
 
-Differences from the public code: the first host knows the question, too (it
-holds the anchor for its compressor's sake, and its local rows do not see it);
-what the first host may pass on are exactly the document tokens that the anchor
-lacks; hosts are virtual, so any number of them runs on any number of devices.
+Bytes that a device receives a layer, for P devices, L_h hosts each, e bytes an
+element (tests/methods/test_distributed.py reads them off the programs):
+  passing blocks   (P - 1) * L_h * 2 * B * passing * K * H * e
+  shared anchor    (P - 1) / P * B * anchor * (2 K * H * e + 1) more; with a
+                   query-aware compressor also its queries, N * H * e
+Where `every` = m, all of it in one layer of m; Star passes nothing.
+
+Differences from the public code: the first host's compressor knows the
+question, too (it holds the anchor; its local rows see the question only if
+`first_sees_query`); what the first host may pass on are exactly the document
+tokens that the anchor lacks (unless `gap`); hosts are virtual, so any number of
+them runs on any number of devices.
 """
 
 import dataclasses
-from typing import Literal, get_args
+import functools
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas.block_sparse import block_sparse
+from kernels_pallas.partial import Partial, merge
 from kernels_pallas.passing_block import passing_block
 from lcx import cache as caches
 from lcx.methods.base import (
@@ -44,7 +53,12 @@ from lcx.methods.base import (
   Trace,
 )
 from lcx.methods.dense import DenseDecode, dense_pairs
+from lcx.policy import measured
+from lcx.select import retaining_head
+from lcx.select.audit import listed_keys
+from lcx.select.block_rows import check_budget
 from lcx.select.compressors import COMPRESSORS, Block
+from lcx.select.xattention import xattention
 
 Order = Literal['contiguous', 'zigzag']
 EVERY_TOKEN = -1  # passing: all of a block
@@ -65,6 +79,18 @@ class ApbPrefill(Prefill):
     shared_anchor: anchor rows are spread over the hosts, computed once, and
       gathered, instead of being computed by every host.
     order: 'zigzag' gives a device hosts i and H - 1 - i, for balance.
+    every: layers between two exchanges; the others see anchor and local keys.
+    first_sees_query: the first host's local rows see the anchor's question, so
+      that the block it passes on is query-aware (the paper's is not).
+    gap: document tokens that the question displaces from the anchor are not
+      passed on by the first host either (the public code; nobody sees them).
+    overlap: passing blocks are attended apart and merged, so that they may
+      travel while [anchor | local] is computed.
+    density: share of the local blocks that local rows see, chosen by
+      XAttention's antidiagonals; None: all.
+    heads: file of trained heads, for the compressor 'retaining_head'.
+    crossover: prompts of fewer tokens are read densely by one device; -1: what
+      the policy file says was measured; 0: never.
   """
 
   hosts: int = 4
@@ -74,12 +100,41 @@ class ApbPrefill(Prefill):
   query_in_anchor: bool = True
   shared_anchor: bool = False
   order: Order = 'contiguous'
+  every: int = 1
+  first_sees_query: bool = False
+  gap: bool = False
+  overlap: bool = False
+  density: float | None = None
+  heads: str = ''
+  crossover: int = -1
 
   def at_full_budget(self, length: int) -> 'ApbPrefill':
     del length
     return dataclasses.replace(
-      self, passing=EVERY_TOKEN, query_in_anchor=False, compressor='random'
+      self,
+      passing=EVERY_TOKEN,
+      query_in_anchor=False,
+      compressor='random',
+      every=1,
+      density=None,
     )
+
+  def alone_below(self, config, devices: str) -> int:
+    if self.crossover >= 0:
+      return self.crossover
+    return measured('prefill', 'apb', config, devices)
+
+  def learned(self, config):
+    if self.compressor != 'retaining_head':
+      return None
+    found = retaining_head.load(self.heads)
+    found.check(config)
+    return found.layers()
+
+  def learned_specs(self, axes):
+    if self.compressor != 'retaining_head':
+      return ()
+    return retaining_head.specs(axes.model)
 
   def check(self, config, capacity: int) -> None:
     if self.hosts < 1:
@@ -90,6 +145,18 @@ class ApbPrefill(Prefill):
       raise ValueError(
         f'compressor={self.compressor!r} must be one of {sorted(COMPRESSORS)}'
       )
+    if self.every < 1:
+      raise ValueError(f'every={self.every} must be at least 1')
+    if self.density is not None:
+      check_budget(None, self.density)
+    if self.compressor == 'retaining_head' and not self.heads:
+      raise ValueError(
+        "compressor='retaining_head' needs heads=FILE: train them with "
+        'configs/train_retaining_head.py'
+      )
+    self.learned(config)
+    whole = 128 * self.hosts
+    self.sizes(-(-capacity // whole) * whole)
     if config.sliding_window is not None:
       raise ValueError(
         f"sliding_window={config.sliding_window}: the model's own window and "
@@ -217,7 +284,7 @@ class ApbPrefill(Prefill):
       return x.reshape(batch * len(played), rows + block, *x.shape[2:])
 
     rotated = rope(k, ctx.positions)
-    q = by_host(rope(q, ctx.positions))
+    raw_q, q = by_host(q), by_host(rope(q, ctx.positions))
     keys, values, raw = by_host(rotated), by_host(v), by_host(k)
     positions, source = by_host(ctx.positions), by_host(ctx.source)
     valid = by_host(ctx.valid)
@@ -233,42 +300,76 @@ class ApbPrefill(Prefill):
       )
     copied = anchor - jnp.sum(asked, axis=1)  # document tokens in the anchor
 
-    pieces_k = [anchor_k, keys[:, rows:]]
-    pieces_v = [anchor_v, values[:, rows:]]
-    first = jnp.zeros_like(host)
-    if passing:
+    if self.gap:
+      copied = jnp.full_like(copied, anchor)
+
+    def exchange():
       local = Block(
         q=q[:, rows:],
         k=keys[:, rows:],
         v=values[:, rows:],
+        unrotated_q=raw_q[:, rows:],
+        unrotated_k=raw[:, rows:],
         question=question,
         asked=asked,
         positions=positions[:, rows:],
         valid=valid[:, rows:],
         layer=ctx.layer,
+        learned=ctx.learned,
+        model_axis=ctx.axes.model,
       )
       passed = self._select(local, host, copied, passing)
-      passed_k, passed_v = (
+      return tuple(
         self._roll(self._gathered_blocks(x, batch, ctx), host, batch, passing)
         for x in passed
       )
-      pieces_k = [passed_k, *pieces_k]
-      pieces_v = [passed_v, *pieces_v]
-      # The first host's list begins with the keys that the anchor has, too.
-      first = (self.hosts - host) * passing + jnp.maximum(
-        passing - (block - copied), 0
+
+    before = self.hosts * passing
+    passed = tuple(x[:, :0] for x in (keys, values))
+    # The first host's list begins with the keys that the anchor has, too.
+    first = (self.hosts - host) * passing
+    first = first + jnp.maximum(passing - (block - copied), 0)
+    if passing and self.every > 1:
+      now = ctx.layer % self.every == 0
+      like = jax.eval_shape(exchange)
+      passed = jax.lax.cond(
+        now, exchange, lambda: tuple(jnp.zeros(x.shape, x.dtype) for x in like)
       )
+      first = jnp.where(now, first, before)
+    elif passing:
+      passed = exchange()
     start, stop = self._intervals(host, first, rows, anchor, block, passing)
-    out, _ = passing_block(
+    spans = Spans(before, before + anchor, before + anchor + block)
+    parts = self._interval_parts(
       q,
-      *(
-        jnp.swapaxes(jnp.concatenate(p, 1), 1, 2) for p in (pieces_k, pieces_v)
-      ),
+      passed,
+      (anchor_k, anchor_v),
+      (keys[:, rows:], values[:, rows:]),
       start,
       stop,
+      spans,
     )
+    seen = jnp.where(valid, stop - start, 0)[:, rows:].astype(jnp.float32)
+    seen = jnp.sum(seen, axis=1) * n_heads
+    if self.density is not None:
+      part, keys_seen = self._sparse_local(
+        q[:, rows:], keys[:, rows:], values[:, rows:], valid[:, rows:]
+      )
+      parts.append(_behind(rows, part))
+      own = stop - jnp.maximum(start, spans.anchor)
+      own = jnp.where(valid, own, 0)[:, rows:].astype(jnp.float32)
+      seen += keys_seen - jnp.sum(own, axis=1) * n_heads
+    if self.first_sees_query and anchor:
+      begin = jnp.where(host == 0, jnp.argmax(asked, axis=1), 0)
+      count = jnp.where(host == 0, jnp.sum(asked, axis=1), 0)
+      local_row = jnp.arange(q.shape[1]) >= rows
+      end = begin[:, None] + jnp.where(local_row, count[:, None], 0)
+      begin = jnp.broadcast_to(begin[:, None], end.shape)
+      parts.append(_interval_part(q, [(anchor_k, anchor_v)], begin, end))
+      seen += count * jnp.sum(valid[:, rows:], axis=1) * n_heads
+    out = _merged(parts).astype(q.dtype)
     cache = self._store(cache, raw, keys, values, positions, valid, rows, batch)
-    trace = self._trace(start, stop, valid, rows, n_heads, batch, ctx)
+    trace = self._trace(seen, n_heads, batch, ctx)
     return out.reshape(batch, -1, n_heads, dim), cache, trace
 
   def _select(self, local: Block, host, copied, passing: int):
@@ -343,14 +444,84 @@ class ApbPrefill(Prefill):
     count = jnp.sum(local(valid), axis=1, dtype=jnp.int32)
     return cache.append(local(kept), local(values), local(positions), count)
 
-  def _trace(self, start, stop, valid, rows, n_heads, batch, ctx: Context):
+  def _interval_parts(self, q, passed, anchor, local, start, stop, spans):
+    """Partials of each row's one interval, in one call or cut into several."""
+    groups = [(0, [passed, anchor, local], spans.local)]
+    if self.overlap and self.density is not None:
+      groups = [
+        (spans.passed, [anchor], spans.anchor),
+        (0, [passed], spans.passed),
+      ]
+    elif self.overlap:
+      groups = [
+        (spans.passed, [anchor, local], spans.local),
+        (0, [passed], spans.passed),
+      ]
+    elif self.density is not None:
+      groups = [(0, [passed, anchor], spans.anchor)]
+    return [
+      _interval_part(
+        q,
+        pieces,
+        jnp.clip(start, low, high) - low,
+        jnp.clip(stop, low, high) - low,
+      )
+      for low, pieces, high in groups
+      if high > low
+    ]
+
+  def _sparse_local(self, q, k, v, valid):
+    """A partial over chosen blocks of the own block; keys seen, [E]."""
+    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    where = {
+      'q_start': jnp.zeros(len(q), jnp.int32),
+      'lengths': jnp.sum(valid, axis=1, dtype=jnp.int32),
+    }
+    chosen = xattention(q, k, density=self.density, **where)
+    part = block_sparse(q, k, v, chosen.blocks, **where)
+    return part, listed_keys(chosen.blocks, sliding_window=None, **where)
+
+  def _trace(self, seen, n_heads, batch, ctx: Context):
     if not ctx.trace:
       return None
-    seen = jnp.where(valid, stop - start, 0)[:, rows:]
-    keys = jnp.sum(seen.reshape(batch, -1), axis=1, dtype=jnp.float32)
+    keys = jnp.sum(seen.reshape(batch, -1), axis=1)
     own = dataclasses.replace(ctx, valid=ctx.valid & (ctx.source >= 0))
     shape = jnp.zeros((batch, 1, n_heads, 1))
-    return Trace(keys=keys * n_heads, pairs=dense_pairs(shape, own))
+    return Trace(keys=keys, pairs=dense_pairs(shape, own))
+
+
+class Spans(NamedTuple):
+  """Where passing, anchor and local keys end in a row's list of keys."""
+
+  passed: int
+  anchor: int
+  local: int
+
+
+def _interval_part(q, pieces, start, stop) -> Partial:
+  """`passing_block` over pieces (keys, values) [E n K H] laid end to end."""
+  k, v = (
+    jnp.swapaxes(jnp.concatenate(p, axis=1), 1, 2)
+    for p in zip(*pieces, strict=True)
+  )
+  return passing_block(q, k, v, start.astype(jnp.int32), stop.astype(jnp.int32))
+
+
+def _behind(rows: int, part: Partial) -> Partial:
+  """A partial of the local rows as one of [anchor rows | local rows]."""
+  ahead = ((0, 0), (rows, 0), (0, 0))
+  return Partial(
+    jnp.pad(part.out, (*ahead, (0, 0))),
+    jnp.pad(part.lse, ahead, constant_values=-jnp.inf),
+  )
+
+
+def _merged(parts: list[Partial]):
+  """Partials over disjoint keys as one output."""
+  if len(parts) == 1:
+    return parts[0].out
+  wide = [Partial(p.out.astype(jnp.float32), p.lse) for p in parts]
+  return functools.reduce(merge, wide).out
 
 
 METHOD = Method('apb', ApbPrefill(), caches.CONFIGS['dense'], DenseDecode())

@@ -117,6 +117,7 @@ class Context:
     layer: int32 [] index of the layer, traced.
     key: PRNG key of this layer and step.
     tail: where new tokens go; None in prefill.
+    learned: this layer's arrays of `Prefill.learned`; () where there are none.
     n_layers: static.
     room: static; padded tokens of the prompt over all shards; 0 in decode.
     sliding_window: static; the model's own window, or None. It intersects
@@ -132,6 +133,7 @@ class Context:
   layer: Int32[Array, '']
   key: PRNGKeyArray
   tail: Tail | None = None
+  learned: Any = ()
   n_layers: int = dataclasses.field(default=1, metadata={'static': True})
   room: int = dataclasses.field(default=0, metadata={'static': True})
   sliding_window: int | None = dataclasses.field(
@@ -212,6 +214,26 @@ class Prefill(Part):
       shards: size of the mesh's `seq` axis, which must divide the result.
     """
     return shards
+
+  def alone_below(self, config: Any, devices: str) -> int:
+    """Prompts of fewer tokens are better read densely by one device.
+
+    Args:
+      config: the model's.
+      devices: number and kind, as in '4 x NVIDIA H100 80GB HBM3'.
+    """
+    del config, devices
+    return 0
+
+  def learned(self, config: Any) -> tuple | None:
+    """Trained arrays that `attend` finds in its context: a pytree a layer."""
+    del config
+    return None
+
+  def learned_specs(self, axes: Axes) -> Any:
+    """PartitionSpecs of one layer's `learned`."""
+    del axes
+    return ()
 
   def layout(
     self, prompt: Prompt, question: int | None, room: int, shards: int

@@ -17,7 +17,8 @@ class DensePrefill(Prefill):
   """Causal attention over the whole prompt.
 
   Where the sequence is sharded, keys and values are all-gathered: the exact
-  baseline that moves (n - 1) / n of 2 B S K H elements a layer to each shard.
+  baseline that moves (P - 1) / P * 2 * B * S * K * H * e bytes a layer to each
+  of P shards, e bytes an element.
   """
 
   def attend(self, q, k, v, rope: Rope, cache, ctx: Context):

@@ -6,9 +6,12 @@ arXiv:2309.14509) exchanges sequence for heads with all-to-alls; both compose
 (USP, Fang and Zhao, arXiv:2405.07719): P = U x R devices, all-to-all in groups
 of U neighbours, a ring of R groups.
 
-Bytes that a device sends a layer, e bytes an element, n tokens, P = U R:
-  ring       (R - 1) * 2 * B * n / R * K / U * H * e
-  all-to-all (U - 1) / U * B * n / P * (2 N + 2 K') * H * e,  K' = max(K, U)
+Bytes that a device sends a layer, e bytes an element, n tokens, P = U R, K' kv
+heads after copies, the least multiple of K that U divides:
+  ring       (R - 1) * B * n / R * (2 K' / U * H * e + 4)
+  all-to-all (U - 1) / U * B * n / P * (2 N + 2 K') * H * e
+  all-gather (U - 1) * B * n / P * 8
+The 4 and 8 are positions, which travel with the keys.
 
 Layouts of the sequence over the ring, for balance under a causal mask: one run
 each ('contiguous'), chunks r and 2 R - 1 - r ('zigzag'), or every R-th stripe
@@ -158,6 +161,11 @@ def _heads_for_sequence(q, k, v, positions, held, group: int, ctx: Context):
   """All-to-all within a group: its whole sequence, 1 / U of the heads."""
   if group == 1:
     return q, k, v, positions, held
+  if q.shape[2] % group:
+    raise ValueError(
+      f'ulysses={group} must divide the {q.shape[2]} query heads of a device: '
+      'take a smaller one, the ring does the rest'
+    )
   if k.shape[2] % group:  # fewer kv heads than devices: copies
     copies = group // np.gcd(k.shape[2], group)
     k, v = jnp.repeat(k, copies, axis=2), jnp.repeat(v, copies, axis=2)

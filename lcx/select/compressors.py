@@ -5,10 +5,13 @@ best `passing` of them. Pluggable by name: `COMPRESSORS[name](block)`.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
+
+from lcx.select import retaining_head
 
 # Max-pool over neighbouring tokens, as APB and Spava do (kernel 5, stride 1).
 POOL = 5
@@ -22,21 +25,29 @@ class Block:
     q: [E b N H] rotated queries of the local tokens.
     k: [E b K H] rotated keys.
     v: [E b K H] values.
+    unrotated_q: [E b N H] queries before rotation.
+    unrotated_k: [E b K H] keys before rotation.
     question: [E Q N H] rotated queries of anchor rows.
     asked: bool [E Q] which anchor rows are the question's.
     positions: int32 [E b].
     valid: bool [E b] False for padding.
     layer: int32 [] index of the layer.
+    learned: trained arrays of this layer, or ().
+    model_axis: mesh axis that splits the heads.
   """
 
   q: Float[Array, 'E b N H']
   k: Float[Array, 'E b K H']
   v: Float[Array, 'E b K H']
+  unrotated_q: Float[Array, 'E b N H']
+  unrotated_k: Float[Array, 'E b K H']
   question: Float[Array, 'E Q N H']
   asked: Bool[Array, 'E Q']
   positions: Int32[Array, 'E b']
   valid: Bool[Array, 'E b']
   layer: Int32[Array, '']
+  learned: Any = ()
+  model_axis: str = 'model'
 
 
 def pooled(scores: Float[Array, 'E b K']) -> Float[Array, 'E b K']:
@@ -96,8 +107,21 @@ def random(block: Block) -> Float[Array, 'E b K']:
   return jax.vmap(jax.vmap(draw))(block.positions)
 
 
+def retained(block: Block) -> Float[Array, 'E b K']:
+  """What trained heads say will be attended (Locret; APB, section 3.4)."""
+  scores = retaining_head.score(
+    block.learned,
+    block.unrotated_q,
+    block.unrotated_k,
+    block.v,
+    block.model_axis,
+  )
+  return pooled(scores)
+
+
 COMPRESSORS = {
   'query': query_aware,
+  'retaining_head': retained,
   'snapkv': last_window,
   'random': random,
 }
