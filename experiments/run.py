@@ -28,8 +28,10 @@ KINDS = (
   'evaluate',
   'measure',
   'measure_methods',
+  'measure_retrieval',
   'train',
   'train_head_profile',
+  'train_retaining_head',
   'sweep',
 )
 ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -8,23 +8,18 @@ python -m experiments.run --config=configs/train_head_profile.py
 """
 
 import dataclasses
-import json
 import pathlib
-import time
 from typing import Any, Literal
 
 import numpy as np
-import tqdm
 
 from experiments import environment, models
-from experiments.prompts import Template
+from experiments.frozen_training import make_writer, train_piece
 from experiments.results import write_file, write_json
 from lcx import sharding
 from lcx.head_profile import HeadProfile, fingerprint
-from lcx.tasks.haystacks import default_text
 from lcx.train import head_profile
-from lcx.train.checkpoint import Checkpoints
-from lcx.train.passkeys import Passkeys, Writer
+from lcx.train.passkeys import Passkeys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +72,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   write_json(workdir / 'config.json', dataclasses.asdict(config))
   write_json(workdir / 'env.json', environment.describe())
   model = models.load(source, config.dtype)
-  writer = _writer(config, model)
+  writer = make_writer(config.text, config.documents, config.seed, model)
   if config.source == 'distant_mass':
     gates = head_profile.distant_mass(
       model.config,
@@ -92,7 +87,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     trainer = head_profile.GateTrainer(
       model.config, model.weights, source.sha256, writer, config.recipe, mesh
     )
-    done = _train(config, trainer, workdir)
+    done = train_piece(config, trainer, workdir, _says)
     gates = trainer.gates
   profile = HeadProfile(
     gates=gates,
@@ -115,66 +110,8 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   print(f'profile: {workdir / "profile.json"}')
 
 
-def _writer(config: Config, model: Any) -> Writer:
-  text = default_text()
-  if config.text:
-    text = pathlib.Path(config.text).read_text('utf-8')
-  opening = tuple(Template(model.tokenizer)._opening)
-  encode = model.tokenizer.encode
-  haystack = np.asarray(encode(text), np.int32)
-  return Writer(haystack, encode, config.documents, config.seed, opening)
-
-
-def _train(config, trainer, workdir) -> dict[str, Any]:
-  begin = saved = time.monotonic()
-  until = begin + 60 * config.minutes if config.minutes else float('inf')
-  checkpoints = Checkpoints(workdir / 'checkpoints', trainer.fingerprint)
-  if trainer.restore(checkpoints):
-    print(f'goes on from step {trainer.step} of {config.recipe.steps}')
-  log = workdir / 'metrics.jsonl'
-  _cut_log(log, trainer.step)
-  stop = config.recipe.steps
-  if config.steps:
-    stop = min(stop, trainer.step + config.steps)
-  row: dict[str, float] = {}
-  with (
-    open(log, 'a') as file,
-    tqdm.tqdm(
-      total=config.recipe.steps, initial=trainer.step, mininterval=5
-    ) as bar,
-  ):
-    for row in trainer.run(stop):
-      file.write(json.dumps(row) + '\n')
-      file.flush()
-      if not np.isfinite(row['loss']):
-        raise FloatingPointError(
-          f'the loss is {row["loss"]} at step {row["step"]}: try '
-          '--config.dtype=float32'
-        )
-      bar.update(1)
-      bar.set_postfix_str(
-        f'distill {row["distill"]:.2e} gate {row["gate"]:.3f} '
-        f'below 1/2 {row["below_half"]:.0%}'
-      )
-      now = time.monotonic()
-      if now - saved > 60 * config.save_minutes:
-        trainer.save(checkpoints)
-        saved = now
-      if now > until:
-        break
-  if checkpoints.latest != trainer.step:
-    trainer.save(checkpoints)
-  checkpoints.close()
-  return {'steps_done': trainer.step, 'run': trainer.fingerprint, 'last': row}
-
-
-def _cut_log(log, step):
-  """Drops rows of steps that will be done again, and a torn last line."""
-  kept = []
-  for line in log.read_text().splitlines() if log.exists() else []:
-    try:
-      if json.loads(line)['step'] < step:
-        kept.append(line)
-    except ValueError:
-      continue
-  write_file(log, ''.join(line + '\n' for line in kept))
+def _says(row: dict[str, float]) -> str:
+  return (
+    f'distill {row["distill"]:.2e} gate {row["gate"]:.3f} '
+    f'below 1/2 {row["below_half"]:.0%}'
+  )

@@ -296,6 +296,7 @@ class Engine:
         caches[i],
         states[i],
         *rest,
+        self.learned[i],
         donate=(1, 2, 3) if shared is None else (2, 3),
         room=room,
       )
@@ -310,7 +311,7 @@ class Engine:
     scores = self._call(
       'logits', steps.last_logits, self.weights, x, self._rows(last)
     )
-    sums = jax.tree.map(lambda *s: np.sum([np.asarray(a) for a in s], 0), *sums)
+    sums = jax.tree.map(lambda *s: np.sum([to_host(a) for a in s], 0), *sums)
     found = Reading(filled, scores, sums)
     if shared is not None:
       jax.block_until_ready(scores)
@@ -356,11 +357,11 @@ class Engine:
       ValueError: they do not fit into the capacity.
     """
     most = self.method.decode.max_queries
-    logits = [[np.asarray(x)[None]] for x in np.asarray(session.scores)]
+    logits = [[np.asarray(x)[None]] for x in to_host(session.scores)]
     for scores, fed in self._feed(
       session, tokens, min(piece or most, most), steps.every_logits
     ):
-      scores, fed = np.asarray(scores), np.asarray(fed)
+      scores, fed = to_host(scores), to_host(fed)
       for row, n in enumerate(fed):
         logits[row].append(scores[row, :n])
     logits = [np.concatenate(x) for x in logits]
@@ -371,7 +372,7 @@ class Engine:
     """Yields (what `function` says, tokens fed a row), piece by piece."""
     tokens = tokens + tokens[-1:] * (self.batch - len(tokens))
     longest = max(len(t) for t in tokens)
-    after = np.asarray(session.lengths) + np.array([len(t) for t in tokens])
+    after = to_host(session.lengths) + np.array([len(t) for t in tokens])
     if np.max(after) > self.capacity:
       raise ValueError(
         f'{np.max(after)} tokens exceed the cache of {self.capacity}'
