@@ -28,10 +28,10 @@ demo: .venv/.has-gguf $(MORE) $(MODEL)
 	$(PY) -m experiments.run --config=configs/quickstart.py \
 	  --workdir=runs/quickstart
 
-test: lint $(MORE)
+test: lint $(MORE) $(MODEL)
 	$(PYTEST) -m 'not long and not gpu'
 
-test-all: lint $(MORE)
+test-all: lint $(MORE) $(MODEL)
 	$(PYTEST) -m 'not gpu'
 
 lint: .venv/.has-test
