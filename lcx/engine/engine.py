@@ -377,9 +377,8 @@ class Engine:
       raise ValueError(
         f'{np.max(after)} tokens exceed the cache of {self.capacity}'
       )
-    width = self.method.decode.max_queries
     for first in range(0, longest, piece):
-      part = np.zeros((self.batch, width), np.int32)
+      part = np.zeros((self.batch, piece), np.int32)
       count = np.zeros((self.batch,), np.int32)
       for row, t in enumerate(tokens):
         t = t[first : first + piece]
