@@ -6,6 +6,9 @@ python -m experiments.run --config=configs/NAME.py[:ARGS]
 ARGS are comma separated: `smoke` for a run of seconds, `method=NAME` where the
 config compares methods. A run that was cut off goes on where it stood when the
 same command is given again. Exit code 0: done; 2: bad input; 1: failure.
+
+On several hosts, give the same command on each, with --distributed where JAX
+knows the cluster, else with --coordinator, --processes and --process.
 """
 
 import ast
@@ -22,7 +25,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 from ml_collections.config_flags import config_flags as config_files
 
-from experiments import errors, resolve
+from experiments import environment, errors, processes, resolve
 
 KINDS = (
   'evaluate',
@@ -34,6 +37,11 @@ KINDS = (
   'train_retaining_head',
   'sweep',
 )
+_SHOWN = (
+  'config', 'workdir', 'coordinator', 'processes', 'process', 'distributed',
+  'heartbeat', 'debug',
+)  # fmt: skip
+SPREADS = ('evaluate',)  # kinds that several processes may share
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -41,6 +49,17 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Where rows and reports go (default: runs/NAME).'
+)
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator', '', 'HOST:PORT of process 0, where a run has several.'
+)
+_PROCESSES = flags.DEFINE_integer('processes', 0, 'How many processes.')
+_PROCESS = flags.DEFINE_integer('process', -1, 'Number of this one, from 0.')
+_DISTRIBUTED = flags.DEFINE_bool(
+  'distributed', False, 'Several processes, found by JAX: Slurm, GKE, TPU.'
+)
+_HEARTBEAT = flags.DEFINE_integer(
+  'heartbeat', 30, 'Seconds of silence after which a process is dead.'
 )
 _DEBUG = flags.DEFINE_bool('debug', False, 'Show the traceback of an error.')
 
@@ -59,12 +78,20 @@ def main(argv: list[str]) -> int:
     if debug:
       traceback.print_exc()
     line, code = errors.describe(error)
+    processes.fail(line, code)
     print(f'error: {line}', file=sys.stderr)
     return code
 
 
 def run() -> None:
   """Resolves the parsed config and hands it to the module of its kind."""
+  if _DISTRIBUTED.value or _COORDINATOR.value:
+    processes.start(
+      _COORDINATOR.value,
+      _PROCESSES.value,
+      _PROCESS.value,
+      heartbeat=_HEARTBEAT.value,
+    )
   values = _plain(_CONFIG.value)
   kind = values.pop('kind', None)
   if kind not in KINDS:
@@ -75,8 +102,19 @@ def run() -> None:
   cache = values.pop('compilation_cache', '')
   module = importlib.import_module(name)
   config = resolve.resolve(module.Config, values)
+  if processes.count() > 1 and kind not in SPREADS:
+    raise ValueError(
+      f'config.kind={kind!r} runs in one process; in several: '
+      f'{", ".join(SPREADS)}'
+    )
+  processes.agree(
+    {f'config.{name}': value for name, value in values.items()}
+    | {'the code': environment.code_version(), 'kind': kind}
+    | environment.versions()
+  )
   _keep_compilations(cache)
   module.run(config, _workdir())
+  processes.finish()
 
 
 def _workdir() -> pathlib.Path:
@@ -189,7 +227,7 @@ def help_text() -> str:
     'Flags:',
     *(
       f'  --{flag.name:18} {flag.help}'
-      for flag in (flags.FLAGS[n] for n in ('config', 'workdir', 'debug'))
+      for flag in (flags.FLAGS[n] for n in _SHOWN)
     ),
   ]
   return '\n'.join(lines)

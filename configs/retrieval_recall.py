@@ -1,0 +1,48 @@
+"""Recall and share of keys scanned per head, on a model's own keys.
+
+python -m experiments.run --config=configs/retrieval_recall.py \
+    --config.model=MODEL --config.length=32768
+
+Arguments: `layers=N` (every N-th layer), `smoke`. A row is a kv head of a layer
+under one kind of index; queries of the tokens after the indexed ones ask.
+"""
+
+from configs import common
+
+
+def get_config(arg=''):
+  arg = common.parse_arg(arg, layers=0)
+  config = common.base('measure_retrieval', 'Retrieval: recall by scan')
+  config.model = '.cache/models/SmolLM2-135M-Instruct.Q4_1.gguf'
+  config.length = 8192
+  config.ops = ('recall',)
+  config.kinds = ('graph', 'hnsw', 'ivf')
+  config.efforts = common.table(
+    {
+      'graph': (100, 200, 400, 800, 1600),
+      'hnsw': (100, 200, 400, 800, 1600),
+      'ivf': (4, 8, 16, 32, 64, 128),
+    }
+  )
+  config.layers = tuple(range(0, 96, arg.layers)) if arg.layers else ()
+  config.text = ''
+  config.top = 100
+  config.asked = 32
+  config.queries = 2048
+  config.neighbours = 64
+  config.degree = 32
+  config.dtype = 'bfloat16'
+  config.output = ''
+  if arg.smoke:
+    config.model = 'preset:tiny'
+    config.dtype = 'float32'
+    config.length = 1024
+    config.kinds = ('exact',)
+    config.efforts = common.table({'exact': (0,)})
+    config.layers = (0,)
+    config.top = 20
+    config.asked = 8
+    config.queries = 128
+    config.neighbours = 16
+    config.degree = 8
+  return config
