@@ -317,6 +317,10 @@ def _few_tokens(
       plan=plan,
     )
     totals.append(sums)
+    # Without it XLA's GPU compiler sums all earlier layers' outputs anew in
+    # every norm: kernels of 2 L operands, and a compilation that grows with L
+    # squared.
+    x = jax.lax.optimization_barrier(x)
   sums = jax.tree.map(lambda *s: sum(s), *totals)
   return x, tuple(caches), tuple(states), sums
 

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import importlib
 import pkgutil
+import types
 from typing import Any
 
 from lcx import cache as caches
@@ -20,22 +21,34 @@ _PARTS = ('prefill', 'cache', 'decode')
 
 
 @functools.cache
-def _presets() -> dict[str, Method]:
+def _modules() -> dict[str, types.ModuleType]:
+  """The module that exports each preset."""
   import lcx.methods as package
 
-  found: dict[str, Method] = {}
+  found: dict[str, types.ModuleType] = {}
   for info in pkgutil.iter_modules(package.__path__):
     if info.name in _NOT_METHODS or info.name.startswith('_'):
       continue
     module = importlib.import_module(f'lcx.methods.{info.name}')
-    methods = getattr(module, 'METHODS', None) or (
-      [module.METHOD] if hasattr(module, 'METHOD') else []
-    )
-    for method in methods:
+    for method in _exported(module):
       if method.name in found:
         raise ValueError(f'two methods are called {method.name!r}')
-      found[method.name] = method
+      found[method.name] = module
   return found
+
+
+def _exported(module: types.ModuleType) -> tuple[Method, ...]:
+  if hasattr(module, 'METHODS'):
+    return tuple(module.METHODS)
+  return (module.METHOD,) if hasattr(module, 'METHOD') else ()
+
+
+@functools.cache
+def _presets() -> dict[str, Method]:
+  return {
+    name: next(m for m in _exported(module) if m.name == name)
+    for name, module in _modules().items()
+  }
 
 
 def names() -> tuple[str, ...]:
@@ -45,12 +58,8 @@ def names() -> tuple[str, ...]:
 
 def about(name: str) -> str:
   """First line of the docstring of the file that defines a preset."""
-  part = type(_preset(name).decode)
-  if not part.__module__.endswith('.' + name):
-    prefill = type(_preset(name).prefill)
-    part = prefill if prefill.__module__.endswith('.' + name) else part
-  doc = importlib.import_module(part.__module__).__doc__ or ''
-  return doc.strip().split('\n')[0]
+  _preset(name)
+  return (_modules()[name].__doc__ or '').strip().split('\n')[0]
 
 
 def _preset(name: str) -> Method:
