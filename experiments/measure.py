@@ -10,10 +10,11 @@ ours.
 import dataclasses
 import datetime
 import gc
+import importlib
 import json
 import pathlib
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from absl import logging
@@ -35,6 +36,9 @@ class Config:
 
   Attributes:
     title: of the report.
+    suite: a module of this folder; its cases are measured, beside their peers,
+      in place of all below down to `peers`. '': the kernels.
+    numbers: arguments of the suite's `cases`.
     ops: of OPS.
     prompts: prompt lengths of block_sparse.
     shares: block_sparse at 1 / share of the blocks.
@@ -53,6 +57,8 @@ class Config:
   """
 
   title: str = 'kernels'
+  suite: Literal['', 'selector_bench', 'tokenselect_bench'] = ''
+  numbers: dict[str, Any] = dataclasses.field(default_factory=dict)
   ops: tuple[str, ...] = OPS
   prompts: tuple[int, ...] = ()
   shares: tuple[int, ...] = ()
@@ -78,6 +84,10 @@ class Config:
 
 def cases(config: Config):
   """The cases of a config, one after the other: they fill the memory."""
+  if config.suite:
+    suite = importlib.import_module(f'experiments.{config.suite}')
+    yield from suite.cases(**config.numbers)
+    return
   ours = config.implementation or None
   bench = kernel_bench
   if config.ceilings:

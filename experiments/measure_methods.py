@@ -8,7 +8,11 @@ results.jsonl already are not measured again.
 The ops of a length and method:
   prefill   reading a prompt of that many tokens, logits of the last
   step      one token through the whole model, over a cache of that many
-  layer     decode attention of one layer: append, selection, attention
+  layer     decode attention of one layer: append, selection, attention, by
+            queries that have nothing to do with each other
+  layer_alike  the same by queries that are alike (cosine 0.99), for methods
+            that select again when queries turn
+  answer    a prompt and `steps` tokens after it, end to end
 """
 
 import dataclasses
@@ -24,7 +28,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from experiments import environment, evaluate
+from experiments import environment, evaluate, peers
 from experiments.errors import Failure
 from experiments.results import Results, Row, key_of, write_json
 from lcx.methods.base import Method, Prompt, Tail
@@ -39,10 +43,10 @@ class Config:
 
   Attributes:
     preset: the model's shape.
-    methods: label -> numbers of a method, as in `evaluate`; the first is the
-      peer of all others.
+    methods: label -> numbers of a method, as in `evaluate`, or a method of
+      `peers`; the first is the peer of all others.
     lengths: tokens in the cache, or of the prompt.
-    ops: which of prefill, step and layer.
+    ops: which of the above.
     title: of the run.
     weights: '' (as the preset has them), 'w8a8', 'w4a16' or 'fp8'.
     dtype: of weights and activations.
@@ -55,7 +59,9 @@ class Config:
   preset: str
   methods: dict[str, dict[str, Any]]
   lengths: tuple[int, ...]
-  ops: tuple[Literal['prefill', 'step', 'layer'], ...] = ('step', 'layer')
+  ops: tuple[
+    Literal['prefill', 'step', 'layer', 'layer_alike', 'answer'], ...
+  ] = ('step', 'layer')
   title: str = 'measurement'
   weights: Literal['', 'w8a8', 'w4a16', 'fp8'] = ''
   dtype: Literal['float32', 'bfloat16'] = 'bfloat16'
@@ -80,7 +86,8 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     Failure: every measurement failed.
   """
   variants = {
-    label: evaluate._variant(label, fields).method
+    label: peers.METHODS.get(fields.get('method', ''))
+    or evaluate._variant(label, fields).method
     for label, fields in config.methods.items()
   }
   bench = Bench(config)
@@ -201,6 +208,7 @@ class Bench:
     from lcx.engine.engine import Session
 
     caches, states = engine._empty()
+    states = self._observed(engine, states)
     dims = (1, _CHUNK, self.model.n_kv_heads, self.model.head_dim)
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -234,6 +242,49 @@ class Bench:
       prefill_sums={},
     )
 
+  def _observed(self, engine, states):
+    """States in the shapes that a prefill leaves, of which none has been."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import PartitionSpec as P
+
+    from lcx.models.transformer import make_rope
+
+    plan, rope, model = engine.plan, make_rope(self.model), self.model
+    specs = plan.state_specs()
+
+    def observe(q, k, state):
+      at = jnp.zeros((1, 128), jnp.int32)
+      ctx = plan.context(
+        positions=at,
+        source=at,
+        valid=at > 0,
+        lengths=at[:, 0],
+        layer=jnp.int32(0),
+        key=jax.random.key(0),
+        room=128,
+      )
+      return plan.method.decode.observe(q, k, k, rope, state, ctx)
+
+    def tokens(heads):
+      shape = (1, 128, heads, model.head_dim)
+      return jax.ShapeDtypeStruct(shape, jnp.dtype(model.dtype))
+
+    observe = plan.sharded(observe, (P(), P(), specs), specs)
+    after = jax.eval_shape(
+      observe, tokens(model.n_heads), tokens(model.n_kv_heads), states[0]
+    )
+    return tuple(
+      jax.tree.map(
+        lambda x, to: (
+          x if x.shape == to.shape else jnp.zeros(to.shape, x.dtype)
+        ),
+        state,
+        after,
+      )
+      for state in states
+    )
+
   def step(self, method: Method, length: int) -> dict[str, Any]:
     """One token through the whole model, in the engine's loop."""
     n, repeats = self.config.steps, self.config.repeats
@@ -253,8 +304,20 @@ class Bench:
         raise RuntimeError(f'the row ended: {status[0]}')
     return {'repeats_ms': times, 'compile_s': compile_s, 'kv_bytes': kv}
 
-  def layer(self, method: Method, length: int) -> dict[str, Any]:
-    """Decode attention of the middle layer: append, selection, attention."""
+  def layer_alike(self, method: Method, length: int) -> dict[str, Any]:
+    """`layer` by queries with a cosine of 0.99."""
+    return self.layer(method, length, noise=0.1)
+
+  def layer(
+    self, method: Method, length: int, noise: float | None = None
+  ) -> dict[str, Any]:
+    """Decode attention of the middle layer: append, selection, attention.
+
+    Args:
+      method: what attends.
+      length: tokens in the cache.
+      noise: of queries, beside one that they share; None: they share none.
+    """
     import jax
     import jax.numpy as jnp
     from jax.sharding import PartitionSpec as P
@@ -291,7 +354,10 @@ class Bench:
 
       keys = jax.random.split(jax.random.key(seed), 3)
       heads = (model.n_heads, model.n_kv_heads, model.n_kv_heads)
-      tokens = tuple(map(draw, keys, heads))
+      q, k, v = map(draw, keys, heads)
+      if noise is not None:
+        q = q * noise + draw(jax.random.key(0), model.n_heads)[:1]
+      tokens = q.astype(model.dtype), k, v
 
       def one(carry, qkv):
         cache, state, lengths = carry
@@ -331,6 +397,28 @@ class Bench:
       times.append(time.perf_counter() - begin)
       kv = sum(sum(c.nbytes().values()) for c in session.caches)
       del session  # before the next one's caches are made
+    return {
+      'repeats_ms': [t * 1e3 for t in times[1:]],
+      'compile_s': engine.compile_s,
+      'kv_bytes': kv,
+    }
+
+  def answer(self, method: Method, length: int) -> dict[str, Any]:
+    """A prompt of random tokens and `steps` tokens after it."""
+    engine = self._engine(method, length, max(256, self.config.steps))
+    draw = np.random.default_rng(0)
+    tokens = draw.integers(0, self.model.vocab_size, length, dtype=np.int32)
+    prompt = Prompt(tokens[:0], tokens, ())
+    times, kv = [], None
+    for _ in range(1 + min(self.config.repeats, 3)):
+      begin = time.perf_counter()
+      session = engine.prefill([prompt])
+      _, status = engine.decode(session, self.config.steps)  # waits
+      times.append(time.perf_counter() - begin)
+      if status != ['ok']:
+        raise RuntimeError(f'the row ended: {status[0]}')
+      kv = sum(sum(c.nbytes().values()) for c in session.caches)
+      del session
     return {
       'repeats_ms': [t * 1e3 for t in times[1:]],
       'compile_s': engine.compile_s,

@@ -83,7 +83,8 @@ class TokenSelectPrefill(ChunkRules, Prefill):
 
     frame = k if self.positions == 'rank' else rope(k, ctx.positions)
     keys, values = shards.gather_sequence(frame, v, ctx.axes)
-    out, lse, seen = self.by_chunk(q, keys, values, rope, ctx)
+    grid = ChunkGrid.make(length, self.chunk, ctx)
+    out, lse, seen = self.by_chunk(q, keys, values, grid, rope, ctx)
     trace = None
     if ctx.trace:
       seen = jnp.sum(jnp.where(ctx.valid, seen, 0), axis=1, dtype=jnp.float32)
@@ -93,21 +94,23 @@ class TokenSelectPrefill(ChunkRules, Prefill):
       trace = Trace(seen * heads, dense_pairs(q, ctx), mass=mass)
     return out, cache, trace
 
-  def by_chunk(self, q, keys, values, rope: Rope, ctx: Context):
+  def by_chunk(
+    self, q, keys, values, grid: ChunkGrid, rope: Rope, ctx: Context
+  ):
     """Every chunk of this shard's rows selects and attends.
 
     Args:
       q: [B T N H] unrotated queries of this shard.
       keys: [B K S H] of all shards, in the frame in which they are scored.
       values: [B K S H].
+      grid: the chunks that these rows touch.
       rope: rotation.
       ctx: the context.
 
     Returns:
       (out [B T N H], lse [B T N], keys that each row sees [B T]).
     """
-    batch, length, _, dim = q.shape
-    grid = ChunkGrid.make(length, self.chunk, ctx)
+    batch, _, _, dim = q.shape
     begin = grid.begins(batch)
     high = jnp.maximum(begin + self.chunk - self.local, 0)
     low = jnp.minimum(self.sink, high)
