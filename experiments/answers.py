@@ -13,6 +13,7 @@ from experiments import comparison
 from experiments.models import Source
 from experiments.prompts import Template
 from experiments.results import Row
+from lcx.engine.readings import Readings
 
 DEGENERATE = 0.5  # density above which a sparse method is not sparse
 _PAGE = 64  # capacities are multiples of it
@@ -63,6 +64,7 @@ class Setting:
   capacity: int
   haystack: str | None
   transfer_guard: str
+  shared_gib: float = 0.0
 
 
 def answer(
@@ -98,35 +100,57 @@ def answer(
     )
     return sample, template.prompt(sample)
 
-  for (variant, length), group in _grouped(
-    places, lambda p: (p.variant, p.length)
+  _check_haystack(setting.haystack, model.tokenizer, places)
+  # With a shared prefill, all methods answer a batch before the next one.
+  shared = setting.shared_gib > 0
+  for (_, length), group in _grouped(
+    places, lambda p: (None if shared else p.variant, p.length)
   ):
-    engine = make_engine(model, variant.method, length, setting)
+    readings = Readings(setting.shared_gib * 2**30)
+    engines: dict[Variant, Any] = {}
     # A sample's neighbours in its batch are the same after a restart.
     for (protocol, name, number), wanted in _grouped(
       group, lambda p: (p.protocol, p.task, p.sample // setting.batch)
     ):
-      say(f'{variant.label} {name} {length}')
       first = number * setting.batch
       until = min(first + setting.batch, setting.samples)
       drawn = [draw(name, length, index) for index in range(first, until)]
-      with jax.transfer_guard(setting.transfer_guard):
-        answers = engine.generate(
-          [prompt for _, prompt in drawn],
-          max(sample.max_new_tokens for sample, _ in drawn),
-          tuple(model.tokenizer.eos_ids),
-          protocol=protocol,
-        )
-      yield [
-        _row(
-          p,
-          tasks[name],
-          drawn[p.sample - first][0],
-          answers[p.sample - first][p.question],
-          model.tokenizer,
-        )
-        for p in wanted
-      ]
+      for variant, mine in _grouped(wanted, lambda p: p.variant):
+        say(f'{variant.label} {name} {length}')
+        if variant not in engines:
+          engines[variant] = make_engine(
+            model, variant.method, length, setting, readings
+          )
+        with jax.transfer_guard(setting.transfer_guard):
+          answers = engines[variant].generate(
+            [prompt for _, prompt in drawn],
+            max(sample.max_new_tokens for sample, _ in drawn),
+            tuple(model.tokenizer.eos_ids),
+            protocol=protocol,
+          )
+        yield [
+          _row(
+            p,
+            tasks[name],
+            drawn[p.sample - first][0],
+            answers[p.sample - first][p.question],
+            model.tokenizer,
+          )
+          for p in mine
+        ]
+      readings.clear()
+
+
+def _check_haystack(text: str | None, tokenizer: Any, places) -> None:
+  """Refuses a given text that would have to repeat itself."""
+  longest = max(p.length for p in places)
+  if text is None or len(text) > 16 * longest:  # a token is shorter than that
+    return
+  if (found := len(tokenizer.encode(text))) < longest:
+    raise ValueError(
+      f'config.haystack has {found} tokens, contexts of {longest} need at '
+      'least as many: give a longer text, or shorter config.lengths'
+    )
 
 
 def capacity_for(length: int, capacity: int) -> int:
@@ -134,7 +158,13 @@ def capacity_for(length: int, capacity: int) -> int:
   return capacity or -(-(length + _SEAMS) // _PAGE) * _PAGE
 
 
-def make_engine(model: Any, method: Any, length: int, setting: Setting) -> Any:
+def make_engine(
+  model: Any,
+  method: Any,
+  length: int,
+  setting: Setting,
+  readings: Readings | None = None,
+) -> Any:
   """An engine whose cache holds `length` tokens."""
   from lcx.engine import Engine
 
@@ -144,6 +174,7 @@ def make_engine(model: Any, method: Any, length: int, setting: Setting) -> Any:
     method,
     capacity=capacity_for(length, setting.capacity),
     batch=setting.batch,
+    readings=readings,
   )
 
 

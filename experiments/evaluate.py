@@ -41,7 +41,8 @@ class Config:
     model: a Hugging Face folder, a GGUF file, or `preset:NAME` for random
       weights of a preset's shape; several are separated by commas.
     methods: label -> the numbers of a method; `method` names it where the label
-      is another word, so that one method may stand with several budgets.
+      is another word, so that one method may stand with several budgets. The
+      label '*' stands for every method that has no label of its own.
     tasks: label -> the fields of a task; `task` names it likewise. With a field
       `file`, the samples of a benchmark's JSONL file (experiments/files.py).
     lengths: tokens, template and answer included.
@@ -54,6 +55,9 @@ class Config:
     capacity: tokens of the cache; 0: the length, in whole pages.
     max_new_tokens: of an answer; 0: what the task says.
     haystack: a text file to hide things in; '': Python's own documentation.
+    shared_gib: memory for layer inputs of dense prefills, which methods that
+      differ in decode alone then share; their prefill times are those of the
+      shared prefill plus their own work. 0: each method reads by itself.
     transfer_guard: JAX's guard against implicit transfers between host and
       device while an answer is made.
   """
@@ -71,6 +75,7 @@ class Config:
   capacity: int = 0
   max_new_tokens: int = 0
   haystack: str = ''
+  shared_gib: float = 0.0
   transfer_guard: Literal['allow', 'log', 'disallow'] = 'allow'
 
   def __post_init__(self):
@@ -83,6 +88,8 @@ class Config:
     for name in ('capacity', 'max_new_tokens'):
       if getattr(self, name) < 0:
         raise ValueError(f'config.{name}={getattr(self, name)} is negative')
+    if self.shared_gib < 0:
+      raise ValueError(f'config.shared_gib={self.shared_gib} is negative')
     if min(self.lengths) < 1:
       raise ValueError(f'config.lengths={self.lengths}: positive numbers')
     if self.capacity and self.capacity < max(self.lengths):
@@ -106,7 +113,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     on_cpu = jax.default_backend() == 'cpu'
     dtype = 'float32' if on_cpu else 'bfloat16'
     config = dataclasses.replace(config, dtype=dtype)
-  variants = [_variant(label, f) for label, f in config.methods.items()]
+  variants = [_variant(label, f) for label, f in _every(config.methods)]
   tasks = {
     label: _task(label, f, config.max_new_tokens)
     for label, f in config.tasks.items()
@@ -129,6 +136,19 @@ def run(config: Config, workdir: pathlib.Path) -> None:
           bar.update(len(rows))
     rows = [results.rows[p.key] for p in places]
     _report(config, workdir, rows)
+
+
+def _every(
+  table: dict[str, dict[str, Any]],
+) -> list[tuple[str, dict[str, Any]]]:
+  """The table's methods; '*' is all that it does not name."""
+  from lcx import methods
+
+  found = [(label, fields) for label, fields in table.items() if label != '*']
+  if '*' in table:
+    named = {label for label, _ in found}
+    found += [(n, table['*']) for n in methods.names() if n not in named]
+  return found
 
 
 def _variant(label: str, fields: dict[str, Any]) -> Variant:
@@ -273,6 +293,7 @@ def _answers(
     capacity=config.capacity,
     haystack=_haystack(config),
     transfer_guard=config.transfer_guard,
+    shared_gib=config.shared_gib,
   )
 
   def say(text: str) -> None:
@@ -293,10 +314,12 @@ def _digest(config: Config) -> str:
 def _haystack(config: Config) -> str | None:
   if not config.haystack:
     return None
-  text = pathlib.Path(config.haystack).read_text('utf-8')
-  if not text.strip():
-    raise ValueError(f'config.haystack={config.haystack!r} is empty')
-  return text
+  from lcx.tasks import haystacks
+
+  try:
+    return haystacks.read(config.haystack)
+  except ValueError as error:
+    raise ValueError(f'config.haystack: {error}') from error
 
 
 def _origin(config: Config, where: dict[str, Any]) -> Row:

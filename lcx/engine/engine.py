@@ -263,7 +263,7 @@ class Engine:
     shared = self._readings
     if shared is not None and not shared.fits(self.plan, tokens.shape):
       shared = None
-    key = (tokens.tobytes(), tokens.shape)
+    key = (self.mesh, tokens.tobytes(), tokens.shape)
     known = shared.get(key) if shared is not None else None
     caches, states = map(list, self._empty())
     start, compiled = time.perf_counter(), self.compile_s

@@ -8,6 +8,7 @@ nor memorised openings change a result; past its end the text repeats.
 
 import bisect
 import functools
+import pathlib
 import random
 import re
 from collections.abc import Sequence
@@ -31,6 +32,24 @@ def default_text() -> str:
   from pydoc_data import topics
 
   return '\n\n'.join(topics.topics[name] for name in sorted(topics.topics))
+
+
+def read(path: str | pathlib.Path) -> str:
+  """A text file.
+
+  Raises:
+    ValueError: the file is empty, binary, or not UTF-8.
+    OSError: it cannot be read.
+  """
+  raw = pathlib.Path(path).read_bytes()
+  if not raw.strip():
+    raise ValueError(f'text file {path} is empty')
+  if b'\0' in raw:
+    raise ValueError(f'text file {path} is binary: it holds NUL bytes')
+  try:
+    return raw.decode('utf-8')
+  except UnicodeDecodeError as error:
+    raise ValueError(f'text file {path} is not UTF-8: {error}') from error
 
 
 @functools.lru_cache(maxsize=4)

@@ -11,6 +11,8 @@ import importlib.util
 import pathlib
 import re
 
+from lcx.tasks import haystacks
+
 PACKAGES = ('numpy', 'scipy', 'jax')
 _SHORTEST = 160  # characters of a paragraph worth reading
 _HELD_OUT = 16  # one paragraph in so many is never trained on
@@ -66,16 +68,7 @@ def read(path: str) -> list[str]:
     ValueError: the file is empty, not UTF-8 text, or holds no prose.
     OSError: it cannot be read.
   """
-  raw = pathlib.Path(path).read_bytes()
-  if not raw.strip():
-    raise ValueError(f'text file {path} is empty')
-  if b'\0' in raw:
-    raise ValueError(f'text file {path} is binary: it holds NUL bytes')
-  try:
-    text = raw.decode('utf-8')
-  except UnicodeDecodeError as error:
-    raise ValueError(f'text file {path} is not UTF-8: {error}') from error
-  found = paragraphs(text)
+  found = paragraphs(haystacks.read(path))
   if not found:
     raise ValueError(
       f'text file {path} has no paragraph of {_SHORTEST} characters of prose'
