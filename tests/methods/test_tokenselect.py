@@ -1,6 +1,7 @@
 """TokenSelect against the paper's sections in plain numpy."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -81,16 +82,17 @@ def chosen(asked, keys, low, high, part):
   votes = np.zeros(high)
   order = part.voters or range(HEADS)
   for place, h in enumerate(order):
+    much = 1.0 if part.heads == 'equal' else np.linalg.norm(asked[h])
     scores = keys[:high, place // GROUP] @ asked[h]
     scores *= 1.0 if part.logits == 'raw' else DIM**-0.5
     some = scores[low:]
     if part.vote == 'top_k':
-      votes[low:] += some
+      votes[low:] += much * some
     elif part.vote == 'head_vote':
-      votes[low + np.argsort(-some, kind='stable')[: part.k]] += 1
+      votes[low + np.argsort(-some, kind='stable')[: part.k]] += much
     elif len(some):
       weight = np.exp(some - some.max())
-      votes[low:] += weight / weight.sum()
+      votes[low:] += much * weight / weight.sum()
   if part.pool > 1:
     padded = np.pad(votes[low:], part.pool // 2, constant_values=-np.inf)
     if high > low:
@@ -148,11 +150,11 @@ def expected_prefill(q, k, v, part):
 @pytest.mark.parametrize(
   'fields',
   [
-    {},
-    {'positions': 'rank', 'logits': 'scaled'},
-    {'vote': 'top_k', 'local': 64},
+    pytest.param({}, marks=pytest.mark.long),
+    {'positions': 'rank', 'logits': 'scaled', 'k': 40},
+    pytest.param({'vote': 'top_k', 'local': 64}, marks=pytest.mark.long),
     {'vote': 'head_vote', 'pooling': 'l2'},
-    {'pool': 3, 'logits': 'scaled', 'local': 64},
+    {'pool': 3, 'heads': 'energy', 'local': 64},
     {'merge': 0.0, 'merged': 64, 'voters': (0, 2, 1, 3)},
   ],
   ids=str,
@@ -205,36 +207,42 @@ def test_a_chunk_that_two_shards_share_selects_once(fields):
   np.testing.assert_allclose(one, two, rtol=2e-4, atol=2e-4)
 
 
+PROMPT, ROOM = 200, 48
+
+
+@functools.lru_cache
+def programs(part, config, batch, rope):
+  """(the prompt's keys into a cache, a step), compiled once."""
+  shape = CacheShape(batch, KV_HEADS, DIM, LENGTH, 'float32')
+
+  def begin(q, k, v):
+    positions = jnp.tile(jnp.arange(PROMPT)[None], (batch, 1))
+    ctx = context(positions, [PROMPT] * batch)
+    keys = ROPE(k, ctx.positions) if config.rotated else k
+    cache = config.init(shape).append(keys, v, ctx.positions)
+    state = part.observe(q, k, v, rope, part.init_state(shape), ctx)
+    return cache, part.start(cache, state)
+
+  def step(q, k, v, cache, state, at, count):
+    positions = at[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)
+    ctx = context(positions, count)
+    return part.attend(q, k, v, rope, cache, state, ctx)
+
+  return alone(begin), alone(step)
+
+
 class Run:
   """Decode of one layer, token by token, on one device."""
 
   def __init__(self, part, cache=None, seed=0, batch=1, rope=ROPE):
-    prompt, room = 200, 48
     part.check(CONFIG, LENGTH)
-    rotates = part.positions == 'true'
-    config = cache or Dense(rotated=rotates)
-    self.part, self.at = part, prompt
-    self.q, self.k, self.v = draw(seed, prompt + room, batch)
-    shape = CacheShape(batch, KV_HEADS, DIM, LENGTH, 'float32')
-
-    def begin(q, k, v):
-      ctx = context(
-        jnp.tile(jnp.arange(prompt)[None], (batch, 1)), [prompt] * batch
-      )
-      keys = ROPE(k, ctx.positions) if rotates else k
-      cache = config.init(shape).append(keys, v, ctx.positions)
-      state = part.observe(q, k, v, rope, part.init_state(shape), ctx)
-      return cache, part.start(cache, state)
-
-    def step(q, k, v, cache, state, at, count):
-      positions = at[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)
-      ctx = context(positions, count)
-      return part.attend(q, k, v, rope, cache, state, ctx)
-
-    self.cache, self.state = alone(begin)(
-      *(x[:, :prompt] for x in (self.q, self.k, self.v))
+    config = cache or Dense(rotated=part.positions == 'true')
+    self.part, self.at = part, PROMPT
+    self.q, self.k, self.v = draw(seed, PROMPT + ROOM, batch)
+    begin, self._step = programs(part, config, batch, rope)
+    self.cache, self.state = begin(
+      *(x[:, :PROMPT] for x in (self.q, self.k, self.v))
     )
-    self._step = alone(step)
 
   def step(self, query=None, tokens=1):
     """The output and counters of the next tokens; `query` [N H] for all."""
@@ -280,9 +288,12 @@ class Run:
 @pytest.mark.parametrize(
   'fields',
   [
-    {'reuse': 1},
+    pytest.param({'reuse': 1}, marks=pytest.mark.long),
     {'positions': 'rank', 'vote': 'top_k'},
-    {'scoring': 'pruned', 'vote': 'top_k', 'scored': 64},
+    pytest.param(
+      {'scoring': 'pruned', 'vote': 'top_k', 'scored': 64},
+      marks=pytest.mark.long,
+    ),
     {'scoring': 'pruned', 'scored': 64},
     {'scoring': 'budget', 'scored': LENGTH},
   ],
@@ -329,16 +340,16 @@ def test_a_repeated_query_hits_and_an_orthogonal_one_selects():
 
 
 def test_a_list_serves_reuse_tokens_and_none_leaves_the_window():
-  part = TokenSelectDecode(**SMALL, reuse=4)
+  part = TokenSelectDecode(**SMALL, reuse=8)
   run = Run(part)
   query = np.random.default_rng(9).normal(size=(HEADS, DIM))
   hits = []
-  for _ in range(9):
+  for _ in range(17):
     _, counters = run.step(query)
     hits.append(int(counters['hits'][0]))
     # Sink, list and every token since: at most the three budgets.
     assert int(run.state.working.held[0]) <= part.width
-  assert hits == [0, 1, 1, 1] * 2 + [0]
+  assert hits == [0, *[1] * 7] * 2 + [0]
 
 
 def test_rows_keep_their_own_lists():
@@ -411,7 +422,7 @@ def test_extrapolation_keeps_positions_short_in_decode():
 def test_extrapolation_at_full_budget_is_dense():
   part = TokenSelectDecode(positions='rank', **SMALL).at_full_budget(LENGTH)
   run = Run(part)
-  run.step(tokens=3)
+  run.step()
   out, _ = run.step()
   q, k, v = (np.asarray(x[0, : run.at]) for x in (run.q, run.k, run.v))
   want = attend(q[-1], k, v, run.at - 1, np.arange(run.at))
@@ -423,7 +434,10 @@ def test_extrapolation_at_full_budget_is_dense():
   'fields',
   [
     {'positions': 'rank'},
-    {'scoring': 'pruned', 'vote': 'top_k', 'scored': 64},
+    pytest.param(
+      {'scoring': 'pruned', 'vote': 'top_k', 'scored': 64},
+      marks=pytest.mark.long,
+    ),
     {'scoring': 'budget', 'scored': 64, 'score_bits': 8},
   ],
   ids=str,
@@ -542,8 +556,8 @@ def test_int8_copies_choose_almost_what_keys_choose():
   """Logits within a copy's rounding; the list is another only at its edge."""
   run = Run(TokenSelectDecode(**SMALL, reuse=1, score_bits=8, logits='scaled'))
   lost = []
-  for tokens in (5, 1, 1, 1):
-    _, counters = run.step(tokens=tokens)
+  for _ in range(4):
+    _, counters = run.step(tokens=3)
     lost.append(float(counters['lost_votes'][0]))
     copies = run.state.copies
     keys = np.asarray(run.cache.k)[:, :, : run.at]
