@@ -6,14 +6,14 @@ SmolLM2 was trained to 8K; here it reads 8K, 16K and 32K: dense, TokenSelect
 with true positions, with ranks as positions (arXiv:2411.02886, section 5.4),
 and an attention sink with a window, which never leaves the trained length but
 forgets. Arguments: `length=N`, `samples=N`, `method=NAME` (that one beside
-dense), `smoke`.
+dense), `task=NAME` (that one alone), `smoke`.
 """
 
 from configs import common
 
 
 def get_config(arg=''):
-  arg = common.parse_arg(arg, method='', length=0, samples=100)
+  arg = common.parse_arg(arg, method='', task='', length=0, samples=100)
   config = common.base('evaluate', 'TokenSelect: length extrapolation')
   config.model = '.cache/models/SmolLM2-135M-Instruct.Q4_1.gguf'
   config.dtype = 'auto'
@@ -34,7 +34,8 @@ def get_config(arg=''):
       f'config argument method={arg.method!r} is not one of {", ".join(rows)}'
     )
   config.methods = common.methods(arg.method, rows)
-  config.tasks = common.table({'niah_single_2': {}, 'passkey': {}})
+  tasks = (arg.task,) if arg.task else ('niah_single_2', 'passkey')
+  config.tasks = common.table({task: {} for task in tasks})
   config.lengths = (arg.length,) if arg.length else (8192, 16384, 32768)
   config.samples = arg.samples
   config.protocols = ('whole',)
