@@ -1,14 +1,16 @@
 """Saves and restores a model's weights with orbax.
 
-A checkpoint is a folder: `weights/` (orbax, one array a weight) and
-`model.json`, the config, which is written last: without it the checkpoint is
-not whole.
+A checkpoint is a folder: the weights (orbax, one array a weight) in a folder of
+their own, and `model.json`, the config, which names that folder and is written
+last and at once: a kill during a save leaves the checkpoint before it.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
+import shutil
 
 import jax
 import orbax.checkpoint as ocp
@@ -18,7 +20,7 @@ from lcx.models import transformer
 from lcx.models.config import ModelConfig, RopeConfig
 from lcx.models.transformer import Weights
 
-_CONFIG = 'model.json'
+_CONFIG, _WEIGHTS = 'model.json', 'weights-'
 
 
 def save(
@@ -36,13 +38,19 @@ def save(
   """
   path = pathlib.Path(path).absolute()
   path.mkdir(parents=True, exist_ok=True)
-  (path / _CONFIG).unlink(missing_ok=True)
+  before = sorted(path.glob(f'{_WEIGHTS}*'))
+  taken = {folder.name for folder in before}
+  name = next(
+    n for i in itertools.count() if (n := f'{_WEIGHTS}{i}') not in taken
+  )
   with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(path / 'weights', _tree(weights), force=True)
-  text = json.dumps(dataclasses.asdict(config), indent=2)
+    checkpointer.save(path / name, _tree(weights))
+  text = json.dumps(dataclasses.asdict(config) | {'weights': name}, indent=2)
   part = path / f'{_CONFIG}.part'
   part.write_text(text + '\n', 'utf-8')
   os.replace(part, path / _CONFIG)
+  for folder in before:  # the checkpoint before, and what kills left
+    shutil.rmtree(folder)
 
 
 def restore(path: str | pathlib.Path, mesh=None) -> tuple[ModelConfig, Weights]:
@@ -65,7 +73,7 @@ def restore(path: str | pathlib.Path, mesh=None) -> tuple[ModelConfig, Weights]:
     )
   try:
     fields = json.loads(file.read_text('utf-8'))
-    rope = fields.pop('rope')
+    rope, name = fields.pop('rope'), pathlib.Path(fields.pop('weights')).name
     rope['table'] = tuple(rope['table'])
     config = ModelConfig(**fields, rope=RopeConfig(**rope))
   except (ValueError, TypeError, KeyError, AttributeError) as e:
@@ -82,8 +90,8 @@ def restore(path: str | pathlib.Path, mesh=None) -> tuple[ModelConfig, Weights]:
   )
   try:
     with ocp.StandardCheckpointer() as checkpointer:
-      tree = checkpointer.restore(path / 'weights', _tree(target))
-  except (ValueError, KeyError, TypeError, OSError) as e:
+      tree = checkpointer.restore(path / name, _tree(target))
+  except Exception as e:  # of a cut file, orbax says so by a bare Exception
     raise ValueError(
       f'{str(path)!r}: the weights are missing, damaged or do not fit the '
       f'config ({_line(e)}); save them again'
