@@ -51,6 +51,12 @@ class Plan:
   trace: bool = True
   chunk: int = 4096
 
+  def at_layer(self, layer: int) -> 'Plan':
+    """The plan of a decode step's layer."""
+    decode = self.method.decode.at_layer(layer)
+    method = dataclasses.replace(self.method, decode=decode)
+    return dataclasses.replace(self, method=method)
+
   def cache_specs(self):
     return self.method.cache.specs()
 
@@ -314,7 +320,7 @@ def _few_tokens(
       count,
       jnp.int32(i),
       seed,
-      plan=plan,
+      plan=plan.at_layer(i),
     )
     totals.append(sums)
     # Without it XLA's GPU compiler sums all earlier layers' outputs anew in

@@ -279,6 +279,11 @@ class Decode(Part):
 
   max_queries: int = 16
 
+  def at_layer(self, layer: int) -> 'Decode':
+    """The part that serves a layer, on the same cache and state."""
+    del layer
+    return self
+
   def init_state(self, shape) -> Any:
     """A pytree of this layer's state (leaves lead with B); () for none."""
     del shape

@@ -18,7 +18,7 @@ from kernels_pallas.selected_token import attend_pages, page_scores
 from lcx import cache as caches
 from lcx.methods import shards
 from lcx.methods.base import Context, Decode, Method, Rope
-from lcx.methods.dense import DensePrefill, decode_trace
+from lcx.methods.dense import DenseDecode, DensePrefill, decode_trace
 from lcx.select.top_pages import take_pages, top_pages
 
 
@@ -49,6 +49,9 @@ class QuestDecode(Decode):
       self, budget=budget, sink=4, recent=budget // 4, dense_layers=0
     )
 
+  def at_layer(self, layer: int) -> Decode:
+    return DenseDecode() if layer < self.dense_layers else self
+
   def check(self, config, capacity: int) -> None:
     if self.budget < self.sink + self.recent:
       raise ValueError(
@@ -63,34 +66,27 @@ class QuestDecode(Decode):
     starts = cache.page_starts()
     newest = jnp.max(jnp.where(ctx.valid, ctx.positions, 0), axis=1)
 
-    def attended(ids, starts):
-      part = attend_pages(
-        q,
-        pages,
-        ids,
-        starts,
-        q_positions=shards.seen_until(cache, ctx),
-        **shards.window(k.shape[2], ctx.sliding_window),
-      )
-      out = shards.merged(part, ctx.axes).astype(q.dtype)
-      return out, seen_keys(starts, q, ctx, pages.page)
-
-    def sparse():
-      index = top_pages(
-        kv_page_scores(q, cache, ctx),
-        starts,
-        newest,
-        budget=self.budget + pages.page,  # the newest page is rarely full
-        sink=self.sink,
-        recent=self.recent,
-        page=pages.page,
-        axis=ctx.axes.seq,
-      )
-      return attended(*take_pages(index, ids, starts))
-
-    out, keys = jax.lax.cond(
-      ctx.layer < self.dense_layers, lambda: attended(ids, starts), sparse
+    index = top_pages(
+      kv_page_scores(q, cache, ctx),
+      starts,
+      newest,
+      budget=self.budget + pages.page,  # the newest page is rarely full
+      sink=self.sink,
+      recent=self.recent,
+      page=pages.page,
+      axis=ctx.axes.seq,
     )
+    ids, starts = take_pages(index, ids, starts)
+    part = attend_pages(
+      q,
+      pages,
+      ids,
+      starts,
+      q_positions=shards.seen_until(cache, ctx),
+      **shards.window(k.shape[2], ctx.sliding_window),
+    )
+    out = shards.merged(part, ctx.axes).astype(q.dtype)
+    keys = seen_keys(starts, q, ctx, pages.page)
     return out, cache, state, decode_trace(keys, q, ctx)
 
 
