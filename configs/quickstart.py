@@ -34,6 +34,7 @@ def get_config(arg=''):
   config.capacity = 0
   config.seed = 0
   config.haystack = ''
+  config.mesh = (1, 1, 1)
   config.transfer_guard = 'allow'
   if arg.smoke:
     config.model = 'preset:tiny'

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+from absl import logging
 
-from experiments import comparison
+from experiments import comparison, environment
 from experiments.models import Source
 from experiments.prompts import Template
 from experiments.results import Row
@@ -65,6 +66,7 @@ class Setting:
   haystack: str | None
   transfer_guard: str
   shared_gib: float = 0.0
+  mesh: tuple[int, int, int] = (1, 1, 1)
 
 
 def answer(
@@ -165,13 +167,32 @@ def make_engine(
   setting: Setting,
   readings: Readings | None = None,
 ) -> Any:
-  """An engine whose cache holds `length` tokens."""
+  """An engine whose cache holds `length` tokens.
+
+  Below the method's measured crossover, one device reads densely, and the log
+  says so.
+  """
+  from lcx import methods, sharding
   from lcx.engine import Engine
 
+  devices = environment.device()
+  below = method.prefill.alone_below(model.config, devices)
+  if length < below:
+    logging.warning(
+      '%s: %d tokens are below its crossover of %d on %s: one device reads '
+      'them densely',
+      *(method.name, length, below, devices),
+    )
+    dense = methods.get_method('dense').prefill
+    method = dataclasses.replace(method, prefill=dense)
+    mesh = sharding.one_device()
+  else:
+    mesh = sharding.make_mesh(*setting.mesh)
   return Engine(
     model.config,
     model.weights,
     method,
+    mesh=mesh,
     capacity=capacity_for(length, setting.capacity),
     batch=setting.batch,
     readings=readings,

@@ -8,21 +8,31 @@ length, sample and seed. The report is computed from the rows in the config's
 order, so it does not depend on how often the run was cut off.
 """
 
+import collections
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, ClassVar, Literal
 
 import tqdm
 from absl import logging
 
-from experiments import answers, environment, files, models, report
+from experiments import (
+  answers,
+  environment,
+  files,
+  models,
+  processes,
+  report,
+)
 from experiments.answers import Place, Variant
 from experiments.errors import Failure
 from experiments.results import Results, Row, key_of, write_json
+from lcx import sharding
 
 _FAULTS = {
   'nan': 'NaN or infinity in the logits (try --config.dtype=float32)',
@@ -55,6 +65,8 @@ class Config:
     capacity: tokens of the cache; 0: the length, in whole pages.
     max_new_tokens: of an answer; 0: what the task says.
     haystack: a text file to hide things in; '': Python's own documentation.
+    mesh: devices along data, seq and model; all there are, with several
+      processes.
     shared_gib: memory for layer inputs of dense prefills, which methods that
       differ in decode alone then share; their prefill times are those of the
       shared prefill plus their own work. 0: each method reads by itself.
@@ -76,6 +88,7 @@ class Config:
   max_new_tokens: int = 0
   haystack: str = ''
   shared_gib: float = 0.0
+  mesh: tuple[int, int, int] = (1, 1, 1)
   transfer_guard: Literal['allow', 'log', 'disallow'] = 'allow'
 
   def __post_init__(self):
@@ -124,18 +137,38 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   where = environment.describe()
   places = _places(config, variants, tasks, sources, where)
   origin = _origin(config, where)
-  with Results(workdir / 'results.jsonl') as results:
-    missing = [p for p in places if not _done(results.rows.get(p.key))]
+  sharding.make_mesh(*config.mesh)  # refuses what the devices do not fit
+  with _results(workdir) as results:
+    done = processes.share([_done(results.rows.get(p.key)) for p in places])
+    missing = [p for p, d in zip(places, done, strict=True) if not d]
     _check(config, missing)
-    write_json(workdir / 'config.json', _config_json(config, variants))
-    write_json(workdir / 'env.json', where)
+    if processes.index() == 0:
+      write_json(workdir / 'config.json', _config_json(config, variants))
+      write_json(workdir / 'env.json', where)
     if missing:
       with _progress(len(places), len(places) - len(missing)) as bar:
         for rows in _answers(config, missing, tasks, bar):
           results.append(row | origin for row in rows)
           bar.update(len(rows))
-    rows = [results.rows[p.key] for p in places]
-    _report(config, workdir, rows)
+    if processes.index() == 0:
+      _report(config, workdir, [results.rows[p.key] for p in places])
+
+
+def _results(workdir: pathlib.Path) -> Any:
+  """The rows on disk; for all processes but the first, none."""
+  if processes.index() == 0:
+    return Results(workdir / 'results.jsonl')
+  return contextlib.nullcontext(_Elsewhere())
+
+
+class _Elsewhere:
+  """Stands for the rows that process 0 writes."""
+
+  rows: ClassVar[dict[str, Row]] = {}
+
+  def append(self, rows: Iterable[Row]) -> None:
+    """Computes them, and leaves them to process 0."""
+    collections.deque(rows, maxlen=0)
 
 
 def _every(
@@ -205,6 +238,7 @@ def _places(
     'batch': config.batch,
     'capacity': config.capacity,
     'haystack': _digest(config),
+    **({'mesh': config.mesh} if config.mesh != (1, 1, 1) else {}),
   }
   places = []
   for source, protocol, (label, task), length, sample in itertools.product(
@@ -249,6 +283,7 @@ def _progress(total: int, done: int) -> tqdm.tqdm:
     dynamic_ncols=True,
     smoothing=0.1,
     mininterval=0.2 if sys.stderr.isatty() else 20,
+    disable=processes.index() != 0,
   )
 
 
@@ -294,6 +329,7 @@ def _answers(
     haystack=_haystack(config),
     transfer_guard=config.transfer_guard,
     shared_gib=config.shared_gib,
+    mesh=config.mesh,
   )
 
   def say(text: str) -> None:

@@ -11,6 +11,7 @@ On several hosts, give the same command on each, with --distributed where JAX
 knows the cluster, else with --coordinator, --processes and --process.
 """
 
+import argparse
 import ast
 import importlib
 import importlib.util
@@ -31,6 +32,7 @@ KINDS = (
   'evaluate',
   'measure',
   'measure_methods',
+  'measure_prefill',
   'measure_retrieval',
   'train',
   'train_head_profile',
@@ -50,15 +52,16 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Where rows and reports go (default: runs/NAME).'
 )
-_COORDINATOR = flags.DEFINE_string(
+# Read by `_join`, before the other flags.
+flags.DEFINE_string(
   'coordinator', '', 'HOST:PORT of process 0, where a run has several.'
 )
-_PROCESSES = flags.DEFINE_integer('processes', 0, 'How many processes.')
-_PROCESS = flags.DEFINE_integer('process', -1, 'Number of this one, from 0.')
-_DISTRIBUTED = flags.DEFINE_bool(
+flags.DEFINE_integer('processes', 0, 'How many processes.')
+flags.DEFINE_integer('process', -1, 'Number of this one, from 0.')
+flags.DEFINE_bool(
   'distributed', False, 'Several processes, found by JAX: Slurm, GKE, TPU.'
 )
-_HEARTBEAT = flags.DEFINE_integer(
+flags.DEFINE_integer(
   'heartbeat', 30, 'Seconds of silence after which a process is dead.'
 )
 _DEBUG = flags.DEFINE_bool('debug', False, 'Show the traceback of an error.')
@@ -71,6 +74,7 @@ def main(argv: list[str]) -> int:
     return 0
   debug = '--debug' in argv
   try:
+    _join(argv)
     _parse(argv)
     run()
     return 0
@@ -83,15 +87,31 @@ def main(argv: list[str]) -> int:
     return code
 
 
+def _join(argv: list[str]) -> None:
+  """Joins the other processes before anything else can go wrong in one."""
+  early = argparse.ArgumentParser(
+    add_help=False, allow_abbrev=False, exit_on_error=False
+  )
+  early.add_argument('--coordinator', default='')
+  early.add_argument('--processes', type=int, default=0)
+  early.add_argument('--process', type=int, default=-1)
+  early.add_argument('--heartbeat', type=int, default=30)
+  early.add_argument('--distributed', nargs='?', const='true', default='')
+  try:
+    found, _ = early.parse_known_args(argv[1:])
+  except argparse.ArgumentError as error:
+    raise ValueError(str(error)) from error
+  if found.coordinator or found.distributed.lower() in ('true', '1'):
+    processes.start(
+      found.coordinator,
+      found.processes,
+      found.process,
+      heartbeat=found.heartbeat,
+    )
+
+
 def run() -> None:
   """Resolves the parsed config and hands it to the module of its kind."""
-  if _DISTRIBUTED.value or _COORDINATOR.value:
-    processes.start(
-      _COORDINATOR.value,
-      _PROCESSES.value,
-      _PROCESS.value,
-      heartbeat=_HEARTBEAT.value,
-    )
   values = _plain(_CONFIG.value)
   kind = values.pop('kind', None)
   if kind not in KINDS:

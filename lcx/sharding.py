@@ -48,6 +48,16 @@ def make_mesh(data: int = 1, seq: int = 1, model: int = 1) -> Mesh:
   )
 
 
+def one_device() -> Mesh:
+  """A mesh of this process' first device: each process for itself."""
+  return jax.make_mesh(
+    (1, 1, 1),
+    MESH_AXES,
+    (AxisType.Auto,) * 3,
+    devices=jax.local_devices()[:1],
+  )
+
+
 def spec(*logical_axes: str | None) -> PartitionSpec:
   """The partition of an array whose axes have these logical names.
 

@@ -85,7 +85,7 @@ def install(patch=mock.patch.object):
   return [
     patch(models, 'load', load),
     patch(answers, 'make_engine', lambda _, method, *__: Engine(method)),
-    patch(environment, 'code_version', lambda _: 'fake'),
+    patch(environment, 'code_version', lambda *_: 'fake'),
     patch(environment, 'git', lambda: 'fake'),
     patch(plots, 'draw', lambda _: {'plot.png': b'PNG'}),
   ]

@@ -1,0 +1,60 @@
+"""APB's prefill, ms a layer by part, beside Star and the exact methods.
+
+python -m experiments.run --config=configs/apb_speed.py
+
+Llama 3 8B's shape, random weights. Arguments: `devices=4` (GPUs of this
+machine; 2 and 8 work, too), `length=N` (one length), `method=NAME` (one row),
+`smoke`. 128K, 256K and 512K tokens; anchor a quarter of a block, passing an
+eighth (at 512K 8K each).
+"""
+
+from configs import common
+
+KIB = 1024
+
+
+def get_config(arg=''):
+  arg = common.parse_arg(arg, devices=4, length=0, method='')
+  config = common.base('measure_prefill', "APB's prefill by part")
+  config.preset = 'llama3_8b'
+  config.devices = arg.devices
+  hosts = arg.devices
+  plain = {'method': 'apb', 'hosts': hosts}
+  once = plain | {'shared_anchor': True}
+  # Two hosts a device, from both ends.
+  balanced = once | {'hosts': 2 * hosts, 'order': 'zigzag'}
+  rows = {
+    'all-gather': {'method': 'dense'},
+    'ring': {'method': 'ring'},
+    'ring contiguous': {'method': 'ring_contiguous'},
+    'ulysses': {'method': 'ulysses'},
+    'star': {'method': 'star', 'hosts': hosts},
+    'apb': plain,
+    'apb anchor once': once,
+    'apb balanced': balanced,
+    'apb balanced overlap': balanced | {'overlap': True},
+    'apb balanced local 1to8': balanced | {'density': 0.125},
+    'apb every 2nd layer': once | {'every': 2},
+    'apb snapkv': plain | {'compressor': 'snapkv'},
+    'apb random': plain | {'compressor': 'random'},
+  }
+  if arg.method:
+    rows = {arg.method: rows[arg.method]}
+  config.methods = common.table(rows)
+  config.lengths = tuple(KIB * n for n in (128, 256, 512))
+  if arg.length:
+    config.lengths = (arg.length,)
+  config.bandwidths = (0.1, 1.0)
+  config.parts = True
+  config.repeats = 10
+  config.dtype = 'bfloat16'
+  config.output = ''
+  if arg.smoke:
+    config.preset = 'tiny'
+    config.dtype = 'float32'
+    config.devices = 1
+    config.lengths = (512,)
+    config.repeats = 1
+    small = {'method': 'apb', 'hosts': 2, 'shared_anchor': True}
+    config.methods = common.table({'ring': {}, 'apb': small})
+  return config
