@@ -312,6 +312,8 @@ def test_decode_is_the_papers(fields):
     assert counters['selections'] == 1 and counters['hits'] == 0
     if part.scoring == 'budget':
       assert counters['lost_votes'] < 1e-5
+    if part.scoring == 'pruned' and part.vote == 'soft':
+      assert counters['fallbacks'] == 1  # bounds of random keys skip nothing
 
 
 def test_a_repeated_query_hits_and_an_orthogonal_one_selects():
