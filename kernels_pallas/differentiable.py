@@ -14,6 +14,7 @@ FLOPs: 4 N H a visible pair forward, 10 backward.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -270,7 +271,8 @@ def _splash(q, k, v, sink, window, scale):
     q_seq_shards=1,
   )
   q = (q * scale).astype(q.dtype).swapaxes(1, 2)
-  return jax.vmap(kernel)(q, k, v).swapaxes(1, 2)
+  out: Any = jax.vmap(kernel)(q, k, v)
+  return out.swapaxes(1, 2)
 
 
 def _streaming_mask(base: type) -> type:

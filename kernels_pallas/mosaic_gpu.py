@@ -15,7 +15,7 @@ tensor core together while the softmax runs.
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -496,13 +496,13 @@ def stream_attention(q, k, v, plan, ids, first, stop, *, scale, ids_k, sizes):
 class Scratch(NamedTuple):
   """Shared memory and barriers of one program."""
 
-  q: object  # [GROUPS ROWS H] queries, then the output
-  k: object  # [stages tile_k H]
-  v: object
-  lse: object  # [GROUPS ROWS]
-  q_full: object  # the queries have come
-  k_full: object  # a key tile has come
-  v_full: object
-  k_free: object  # both warpgroups are done with a key tile
-  v_free: object
-  turn: object  # whose turn at the tensor core it is
+  q: Any  # [GROUPS ROWS H] queries, then the output
+  k: Any  # [stages tile_k H]
+  v: Any
+  lse: Any  # [GROUPS ROWS]
+  q_full: Any  # the queries have come
+  k_full: Any  # a key tile has come
+  v_full: Any
+  k_free: Any  # both warpgroups are done with a key tile
+  v_free: Any
+  turn: Any  # whose turn at the tensor core it is

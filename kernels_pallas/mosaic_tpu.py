@@ -377,6 +377,7 @@ def attend_rows(
   bq, bk = blocks.block_q, blocks.block_k
   paged = isinstance(keys, Pages)
   if paged:
+    assert table is not None
     k, v = keys.k, keys.v
     kv, s = table.shape[1], table.shape[2] * keys.page
   else:
@@ -436,7 +437,7 @@ def attend_rows(
   specs = [row_spec(0), row_spec(1)]
   inputs = [rows, rows]
   kernel = functools.partial(_kernel, static=static)
-  if paged:
+  if table is not None:
     specs.append(
       pl.BlockSpec(
         (1, 1, table.shape[2]),

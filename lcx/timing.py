@@ -100,6 +100,7 @@ def sample(program, inputs, shared, repeats: int) -> tuple[float, ...]:
 
   def run(count):
     begin = time.perf_counter()
+    out = None
     for _ in range(count):
       out = program(inputs, shared)
     jax.block_until_ready(out)

@@ -12,6 +12,7 @@ why a key which two sets hold counts once.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,8 @@ def stream_sizes(
   tuned = dispatch.tuned(function, kind, f'h{h}')
   if 'tile_k' in tuned and block_k % tuned['tile_k']:
     tuned = {}
-  return dataclasses.replace(sizes, **tuned, **(explicit or {}))
+  chosen: dict[str, Any] = {**tuned, **(explicit or {})}
+  return dataclasses.replace(sizes, **chosen)
 
 
 def refuse(function: str, q, k, *rest, sliding_window=None, **_) -> str | None:

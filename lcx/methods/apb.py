@@ -108,7 +108,7 @@ class ApbPrefill(Prefill):
   heads: str = ''
   crossover: int = -1
 
-  def at_full_budget(self, length: int) -> 'ApbPrefill':
+  def at_full_budget(self, length: int) -> 'ApbPrefill | None':
     del length
     return dataclasses.replace(
       self,

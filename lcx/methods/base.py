@@ -330,7 +330,7 @@ class Method:
 
   def at_full_budget(self, length: int) -> 'Method | None':
     """The same method with budgets that make it exact up to `length`."""
-    parts = [
+    parts: list[Any] = [
       p.at_full_budget(length) for p in (self.prefill, self.cache, self.decode)
     ]
     if any(p is None for p in parts):

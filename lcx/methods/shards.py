@@ -5,6 +5,8 @@ fill the prompt's last page, then live on the last sequence shard (as in APB and
 Star Attention).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
@@ -34,6 +36,7 @@ def append(cache, k, rotated, v, ctx: Context):
   size = jax.lax.axis_size(ctx.axes.seq)
   if size == 1:
     return cache.append(keys, v, ctx.positions, ctx.count)
+  assert ctx.tail is not None, 'decode knows where new tokens go'
   me = jax.lax.axis_index(ctx.axes.seq)
   fill = jnp.clip(ctx.tail.until - ctx.positions[:, 0], 0, ctx.count)
   spill = jnp.where(me == size - 1, ctx.count - fill, 0)
@@ -74,7 +77,7 @@ def seen_until(cache, ctx: Context) -> Int32[Array, 'B T']:
   return jnp.minimum(ctx.positions, cache.last_position()[:, None])
 
 
-def window(n_kv_heads: int, sliding_window: int | None) -> dict[str, Array]:
+def window(n_kv_heads: int, sliding_window: int | None) -> dict[str, Any]:
   """The model's own sliding window as arguments of the decode kernels."""
   if sliding_window is None:
     return {}
