@@ -42,14 +42,23 @@ class Plan:
     method: the composition.
     mesh: with axes ("data", "seq", "model").
     trace: sums what attention did into the results.
-    chunk: positions of feed-forward done at a time in prefill.
   """
 
   config: ModelConfig
   method: Method
   mesh: jax.sharding.Mesh
   trace: bool = True
-  chunk: int = 4096
+
+  @property
+  def chunk(self) -> int | None:
+    """Positions of feed-forward done at a time in prefill; None: all.
+
+    A sharded sequence is short already, and a chunk would cross its shards. On
+    a CPU, what a chunk makes fits the cache (`layer_output` has the times).
+    """
+    if self.mesh.shape[AXES.seq] > 1:
+      return None
+    return 512 if self.mesh.devices.flat[0].platform == 'cpu' else 4096
 
   def at_layer(self, layer: int) -> 'Plan':
     """The plan of a decode step's layer."""
@@ -176,8 +185,7 @@ def prefill_layer(
     seed,
     learned,
   )
-  chunk = plan.chunk if x.shape[1] > plan.chunk else None
-  x = layer_output(layer_weights, x, out, plan.config, chunk)
+  x = layer_output(layer_weights, x, out, plan.config, plan.chunk)
   return plan.place(x, AXES.data, AXES.seq), cache, state, sums
 
 
