@@ -250,7 +250,9 @@ def index(handles, used, near, *, numbers, search, folder, host):
       if until - search.first <= search.top:
         until = search.first  # all are attended: nothing to search
       keys = (until - search.first) * heads
-      take(host, keys * numbers.bytes_per_key(row.k.shape[2]))
+      need = keys * numbers.bytes_per_key(row.k.shape[2])
+      take(host, need)
+      row.reserved = need
       row.build(numbers, search.first, until, each, builders(), folder)
 
   for b in np.flatnonzero(handles >= 0):

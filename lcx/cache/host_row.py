@@ -138,6 +138,7 @@ class Row:
     indexed: (first, stop) of the tokens in the indexes; equal: no index.
     indexes: one a kv head.
     build_s: seconds that the build took.
+    reserved: bytes that an index under way will take.
   """
 
   def __init__(self, n_kv_heads: int, dim: int, dtype: Any):
@@ -145,6 +146,7 @@ class Row:
     self.v = np.zeros((n_kv_heads, 0, dim), dtype)
     self.at = np.zeros((0,), np.int32)
     self.used, self.indexed, self.build_s = 0, (0, 0), 0.0
+    self.reserved = 0
     self.indexes: list[vi.Index] = []
     self.calibrations: list[Calibration] = []
     self.lock = threading.Lock()
@@ -155,7 +157,7 @@ class Row:
   @property
   def nbytes(self) -> int:
     own = self.k.nbytes + self.v.nbytes + self.at.nbytes + self._aside.nbytes
-    return own + sum(i.nbytes for i in self.indexes)
+    return own + self.reserved + sum(i.nbytes for i in self.indexes)
 
   def bytes_to_grow(self, tokens: int) -> int:
     """Bytes that an append of so many tokens would allocate."""
@@ -269,7 +271,7 @@ class Row:
     """
     if self._build is not None:
       self.indexes, self.indexed, self.build_s = self._build.result()
-      self._build = None
+      self._build, self.reserved = None, 0
       first, stop = self.indexed
       draw = np.random.default_rng(0)
       size = min(_SAMPLE, stop - first)

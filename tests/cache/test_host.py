@@ -1,5 +1,6 @@
 """The host tier: what both tiers hold, what is given back, how rows fail."""
 
+import dataclasses
 import functools
 
 import chex
@@ -127,6 +128,22 @@ def test_memory_is_bounded_and_others_keep_theirs():
   cache = feed(cache, [[4], [], [], []], NARROW)
   kept = host_calls.row_of(int(cache.handles[0]))
   np.testing.assert_array_equal(kept.k[:, :2], KEYS[[1, 4]].swapaxes(0, 1))
+
+
+def test_an_index_counts_before_it_is_built():
+  """A row that has no room for its index ends; it does not answer without."""
+  rule = dataclasses.replace(SEARCH, top=4)
+  cache = grow([ROWS[0], [], [], ROWS[3]])
+  room = host_calls.held_bytes() + 30 * HEADS * (2 * DIM + 8)
+  config = dataclasses.replace(CONFIG, gigabytes=room / 2**30)
+  numbers = Numbers(kind='flat')
+  one = jax.tree.map(np.asarray, near(4))
+  fault = host_calls.index(
+    cache.handles, cache.used, one, numbers=numbers, search=rule, folder='',
+    host=config,
+  )  # fmt: skip
+  np.testing.assert_array_equal(fault.max(1), [0, 0, 0, Fault.FULL])
+  assert host_calls.held_bytes() <= config.bound()
 
 
 def test_too_little_memory_is_refused_with_the_figure():
