@@ -2,7 +2,7 @@
 
 python -m experiments.run --config=configs/tokenselect_quality.py
 
-Arguments: `vary=k|chunk|threshold|vote|scoring` (one column of the table),
+Arguments: `vary=k|chunk|local|threshold|vote|scoring` (one column of the table),
 `length=N`, `samples=N`, `heads=14/2` (query and kv heads of --config.model, for
 the release's head mapping), `smoke`. `needle` takes the bundled model, with
 lists an eighth as long and tasks it can do: minutes on a CPU. Another model:
@@ -94,6 +94,7 @@ def rows(vary, length, small, heads):
   def make(**fields):
     return method(small, **fields)
 
+  pruned = {'scoring': 'pruned', 'scored': 8192 // small}
   columns = {
     'k': {
       f'k={n // small}': make(k=n // small)
@@ -109,6 +110,12 @@ def rows(vary, length, small, heads):
       'merge=95': make(prefill={'merge': 0.95}),
       'merge=90 to 1024': make(prefill={'merge': 0.9, 'merged': 1024 // small}),
     },
+    # The paper's window is the chunk itself: its first rows see nothing that
+    # stands right before them, unless it wins votes.
+    'local': {
+      f'local={n}': make(local=n // small, k=(2560 - n) // small)
+      for n in (1024, 1536)
+    },
     'threshold': {
       f'threshold={n}': make(decode={'threshold': n / 100})
       for n in (50, 60, 70, 80, 90, 100)
@@ -123,10 +130,8 @@ def rows(vary, length, small, heads):
       'modulo heads': make(voters=modulo(heads)),
     },
     'scoring': {
-      'pruned, top k': make(
-        decode={'scoring': 'pruned', 'vote': 'top_k'}, cache=BOUNDS
-      ),
-      'pruned': make(decode={'scoring': 'pruned'}, cache=BOUNDS),
+      'pruned, top k': make(decode=pruned | {'vote': 'top_k'}, cache=BOUNDS),
+      'pruned': make(decode=pruned, cache=BOUNDS),
       'budget=8192': make(
         decode={'scoring': 'budget', 'scored': 8192 // small}, cache=BOUNDS
       ),
