@@ -78,6 +78,11 @@ class Readings:
         ms,
       )
 
+  @property
+  def newest(self) -> Reading | None:
+    """What was kept last."""
+    return next(reversed(self._kept.values()), None)
+
   def clear(self) -> None:
     """Forgets all."""
     self._kept, self._bytes = {}, 0
