@@ -9,6 +9,7 @@ bundled model, with lists an eighth as long and tasks it can do: minutes on a
 CPU. Another model: --config.model=qwen2.5-coder-0.5b-instruct.gguf, with
 `heads=14/2,length=32768`.
 
+A row's `count_hits` and `count_selections` say how often decode's list served
 again; `count_lost_votes` / `count_selections` is the mean share of votes that a
 list by page bounds or by int8 copies lacks. Density stands beside every score;
 above 0.5 a row is no sparse one.
