@@ -17,13 +17,11 @@ def get_config(arg=''):
   config.length = 8192
   config.ops = ('recall',)
   config.kinds = ('graph', 'hnsw', 'ivf')
-  config.efforts = common.table(
-    {
-      'graph': (100, 200, 400, 800, 1600),
-      'hnsw': (100, 200, 400, 800, 1600),
-      'ivf': (4, 8, 16, 32, 64, 128),
-    }
-  )
+  config.efforts = {
+    'graph': (100, 200, 400, 800, 1600),
+    'hnsw': (100, 200, 400, 800, 1600),
+    'ivf': (4, 8, 16, 32, 64, 128),
+  }
   config.layers = tuple(range(0, 96, arg.layers)) if arg.layers else ()
   config.text = ''
   config.top = 100
@@ -38,7 +36,7 @@ def get_config(arg=''):
     config.dtype = 'float32'
     config.length = 1024
     config.kinds = ('exact',)
-    config.efforts = common.table({'exact': (0,)})
+    config.efforts = {'exact': (0,)}
     config.layers = (0,)
     config.top = 20
     config.asked = 8

@@ -18,9 +18,12 @@ def get_config(arg=''):
   config.layers = tuple(range(arg.layers))
   config.ops = (arg.op,) if arg.op else ('build', 'decode')
   config.kinds = ('device', 'graph', 'ivf', 'hnsw', 'flat')
-  config.efforts = common.table(
-    {'graph': (200,), 'hnsw': (400,), 'ivf': (128,), 'flat': (0,)}
-  )
+  config.efforts = {
+    'graph': (200,),
+    'hnsw': (400,),
+    'ivf': (128,),
+    'flat': (0,),
+  }
   config.top = 100
   config.queries = 2048
   config.neighbours = 64

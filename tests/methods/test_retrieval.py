@@ -49,8 +49,10 @@ SMALL = {
 def prompt(seed, context=300):
   draw = np.random.default_rng(seed)
   sizes = (4, context, 9)
-  a, b, c = (draw.integers(0, CONFIG.vocab_size, n) for n in sizes)
-  return Prompt(*(x.astype(np.int32) for x in (a, b)), (c.astype(np.int32),))
+  a, b, c = (
+    draw.integers(0, CONFIG.vocab_size, n).astype(np.int32) for n in sizes
+  )
+  return Prompt(a, b, (c,))
 
 
 @functools.cache
