@@ -418,13 +418,12 @@ class Bench:
     return self.plan.sharded(inside, (P('seq'),), P('seq')), (x,)
 
   def _feed_forward(self):
-    from lcx.models import transformer
+    from lcx.engine import steps
 
     q, _, _ = self._qkv()
 
     def output(w, x, out):
-      chunk = self.plan.chunk if x.shape[1] > self.plan.chunk else None
-      return transformer.layer_output(w, x, out, self.model, chunk)
+      return steps.chunked_output(w, x, out, self.plan)
 
     return output, (self.weights, self.x, q)
 

@@ -50,14 +50,11 @@ class Plan:
   trace: bool = True
 
   @property
-  def chunk(self) -> int | None:
-    """Positions of feed-forward done at a time in prefill; None: all.
+  def chunk(self) -> int:
+    """Positions of feed-forward that a shard does at a time in prefill.
 
-    A sharded sequence is short already, and a chunk would cross its shards. On
-    a CPU, what a chunk makes fits the cache (`layer_output` has the times).
+    On a CPU, what a chunk makes fits the cache (`layer_output` has the times).
     """
-    if self.mesh.shape[AXES.seq] > 1:
-      return None
     return 512 if self.mesh.devices.flat[0].platform == 'cpu' else 4096
 
   def at_layer(self, layer: int) -> 'Plan':
@@ -185,7 +182,7 @@ def prefill_layer(
     seed,
     learned,
   )
-  x = layer_output(layer_weights, x, out, plan.config, plan.chunk)
+  x = chunked_output(layer_weights, x, out, plan)
   return plan.place(x, AXES.data, AXES.seq), cache, state, sums
 
 
@@ -242,6 +239,23 @@ def fill_layer(
     + (_PROMPT, _PROMPT, _PROMPT, _ROWS, P(), P()),
     (cache_specs, state_specs),
   )(q, k, v, cache, state, positions, source, valid, lengths, layer, seed)
+
+
+def chunked_output(layer_weights, x, attention, plan: Plan):
+  """`layer_output` in chunks of each shard's own tokens.
+
+  Chunks of the whole sequence would cross the shards, and the compiler would
+  all-gather activations: 12 GB a layer at 1M tokens of an 8B model.
+  """
+  size = plan.mesh.shape[AXES.seq]
+  batch, total, width = x.shape
+  rows = (AXES.data, AXES.seq)
+  if size > 1:  # shards as rows
+    x = plan.place(x.reshape(batch * size, -1, width), rows)
+    attention = attention.reshape(batch * size, -1, *attention.shape[2:])
+    attention = plan.place(attention, rows, None, AXES.model)
+  x = layer_output(layer_weights, x, attention, plan.config, plan.chunk)
+  return x.reshape(batch, total, width)
 
 
 def embed_tokens(weights: Any, tokens: Int32[Array, 'B T'], *, plan: Plan):
