@@ -32,7 +32,7 @@ _BUDGETS = {
   'snapkv': {'decode': {'budget': 512}},
   'streaming': {'prefill': _WINDOW, 'cache': _WINDOW, 'decode': _WINDOW},
   'tokenselect': {
-    'prefill': {'k': 256, 'sink': 16, 'local': 256},
+    'prefill': {'k': 256, 'sink': 16, 'local': 256, 'chunk': 128},
     'decode': {'k': 256, 'sink': 16, 'local': 256},
   },
   'vertical_slash': {'prefill': {'columns': 256, 'diagonals': 512}},

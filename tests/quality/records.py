@@ -36,16 +36,27 @@ def row(score: measure.Score) -> dict[str, Any]:
   }
 
 
-def worse(now: measure.Score, record: dict[str, Any]) -> str | None:
-  """How a score falls below its record by more than chance, or None."""
-  lost, won = measure.lost_and_won(record['hits'], now.hits)
+def worse(
+  now: dict[str, measure.Score], record: dict[str, dict[str, Any]]
+) -> str | None:
+  """How scores fall below their record by more than chance, or None.
+
+  Answers of all cells are tested together; KL cell by cell.
+  """
+  old = ''.join(record[cell]['hits'] for cell in now)
+  new = ''.join(score.hits for score in now.values())
+  lost, won = measure.lost_and_won(old, new)
   p = measure.falls(lost, won)
   if p < SIGNIFICANT:
     return (
       f'{lost} answers lost and {won} won since the record of '
-      f'{record["score"]:.2f}, now {now.mean:.2f} (p = {p:.3f})'
+      f'{old.count("1")} in {len(old)} (p = {p:.3f})'
     )
-  most = KL_FACTOR * record['kl'] + KL_MARGIN
-  if now.kl > most:
-    return f'KL to dense is {now.kl:.4f} nats, the record allows {most:.4f}'
+  for cell, score in now.items():
+    most = KL_FACTOR * record[cell]['kl'] + KL_MARGIN
+    if score.kl > most:
+      return (
+        f'{cell}: KL to dense is {score.kl:.4f} nats, the record allows '
+        f'{most:.4f}'
+      )
   return None
