@@ -3,7 +3,8 @@
 python -m experiments.fit_policy --rows=runs/lserve_speed/results.jsonl
 
 Rows are those of `measure_methods`: one entry for each op, method, device and
-cache, with the measured speed-ups over dense as its evidence.
+cache, with the measured speed-ups over dense as its evidence; and layers of
+`measure_prefill`: op 'prefill' on several devices over dense on one.
 """
 
 import pathlib
@@ -30,7 +31,10 @@ def entries(rows: list[dict[str, Any]]) -> list[policy.Entry]:
     bits = next((b for b in (8, 4) if f'bits={b}' in row['parts']), 16)
     where = (preset.n_heads, preset.n_kv_heads, preset.head_dim, bits)
     device = row['device'].split(' x ')[-1]
-    key = (row['op'], row['implementation'], device, *where)
+    op = row['op']
+    if row.get('devices', 1) > 1:  # several devices against one
+      op, device = 'prefill', f'{row["devices"]} x {device}'
+    key = (op, row['implementation'], device, *where)
     groups.setdefault(key, {})[row['length']] = row['ratio']
   found = []
   for key, ratios in groups.items():

@@ -8,7 +8,9 @@ predicted time at other bandwidths: all but communication stays, communication
 scales (arXiv:2502.12085, table 16, is the same split).
 
 A row: op ('layer' or a part), method, length, ms, repeats_ms, bytes (of the
-collectives, a device, from the compiled program).
+collectives, a device, from the compiled program); of a layer also its speed-up
+over the dense layer on one device, from which experiments/fit_policy.py finds
+the length below which one device should run alone.
 """
 
 import dataclasses
@@ -100,9 +102,13 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     write_json(workdir / 'config.json', dataclasses.asdict(config))
     write_json(workdir / 'env.json', where)
     for length in config.lengths:
+      alone = _alone(config, model, weights, length)
       for label, method in variants.items():
         for row in _rows(config, model, weights, mesh, label, method, length):
-          row |= _origin(where)
+          row |= _origin(where) | {'peer': 'one device', 'ratio': None}
+          row['peer_ms'] = alone
+          if alone and row['ms'] and row['op'] == 'layer':
+            row['ratio'] = alone / row['ms']
           row['key'] = key_of({k: row[k] for k in _IDENTITY})
           results.append([row])
           rows.append(row)
@@ -180,6 +186,18 @@ def _rows(config, model, weights, mesh, label, method, length):
     found['attention'] = attend | {'ms': max(0.0, attend['ms'] - others)}
   for op, row in found.items():
     yield base | {'op': op} | row
+
+
+def _alone(config, model, weights, length) -> float | None:
+  """Ms of the dense layer on one device; None where that is all there is."""
+  from lcx import methods, sharding
+
+  if config.devices == 1:
+    return None
+  config = dataclasses.replace(config, devices=1, parts=False)
+  mesh, dense = sharding.one_device(), methods.get_method('dense')
+  (row,) = _rows(config, model, weights, mesh, '', dense, length)
+  return row['ms']
 
 
 class Bench:
@@ -439,7 +457,8 @@ def _line(row: Row) -> str:
 def report(config: Config, rows: list[Row]) -> str:
   """Markdown: parts of a layer, then the prediction at other bandwidths."""
   factors = [f for f in config.bandwidths if f != 1]
-  head = ['length', 'method', 'layer ms', *PARTS, 'MiB', 'GB/s']
+  head = ['length', 'method', 'layer ms', 'x one device', *PARTS]
+  head += ['MiB', 'GB/s']
   head += [f'layer ms at {f:g} x bandwidth' for f in factors]
   lines = [
     f'# {config.title}',
@@ -462,7 +481,8 @@ def report(config: Config, rows: list[Row]) -> str:
         continue
       layer, apart = mine['layer'], mine.get('communication')
       moved = sum((layer['bytes'] or {}).values())
-      cells = [str(length), label, f'{layer["ms"]:.2f}']
+      ratio = f'{layer["ratio"]:.2f}' if layer.get('ratio') else ''
+      cells = [str(length), label, f'{layer["ms"]:.2f}', ratio]
       cells += [f'{mine[p]["ms"]:.2f}' if p in mine else '' for p in PARTS]
       cells += [f'{moved / 2**20:.1f}']
       spent = apart['ms'] if apart else 0.0

@@ -22,6 +22,7 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 FAKE = [str(pathlib.Path(__file__).parent / 'fake.py')]
 REAL = ['-m', 'experiments.run']
 SMOKE = [f'--config={ROOT}/configs/quickstart.py:smoke']
+MESH = '--config.mesh=(1, 2, 1)'
 HEARTBEAT = 4
 
 
@@ -87,9 +88,10 @@ def rows(workdir):
   return [json.loads(line) for line in lines]
 
 
-def until_rows(workdir, n, seconds=120):
+def until_rows(group, workdir, n, seconds=60):
   end = time.monotonic() + seconds
   while len(rows(workdir)) < n:
+    assert group.all[0].poll() is None, group.wait()
     assert time.monotonic() < end, f'no {n} rows after {seconds} s'
     time.sleep(0.1)
 
@@ -99,9 +101,9 @@ def test_a_dead_process_ends_the_others_and_the_run_goes_on(
   tmp_path, start, victim
 ):
   workdir = tmp_path / 'run'
-  args = [*SMOKE, f'--workdir={workdir}']
+  args = [*SMOKE, MESH, f'--workdir={workdir}']
   group = start(tmp_path / 'logs', 2, args, FAKE_MS='700')
-  until_rows(workdir, 2)
+  until_rows(group, workdir, 2)
   group.all[victim].send_signal(signal.SIGKILL)
   killed = time.monotonic()
   codes, texts = group.wait(60)
