@@ -18,7 +18,9 @@ import numpy as np
 
 from lcx.cache.host_row import COUNTERS, Row
 
-STATS = (*COUNTERS, 'host_us', 'search_us')
+# Microseconds: of the first call until the index is there, of a call, of all
+# threads in the index.
+STATS = (*COUNTERS, 'wait_us', 'host_us', 'search_us')
 
 
 class Fault(enum.IntEnum):
@@ -204,9 +206,10 @@ def attend(
     return x.swapaxes(0, 1).reshape(kv, -1, *x.shape[3:])
 
   def prepare(b):
-    row = row_of(int(handles[b]))
+    row, begin = row_of(int(handles[b])), time.perf_counter()
     with row.lock:
       row.wait()
+      stats[b, -3] = 1e6 * (time.perf_counter() - begin)
       row.join(search.until(row.used), pool())
     ask, seen = by_head(q, b) * h**-0.5, by_head(device, b)
     for head in range(kv):
