@@ -118,11 +118,11 @@ def names(after: bool) -> tuple[str, ...]:
 BUDGETS: dict[str, dict[str, Any]] = {
   # An index of as many sampled queries as the prompt has tokens takes long.
   'retrieval': {
-    'top': 64,
-    'sink': 16,
-    'recent': 64,
-    'mass': 0.0,
-    'queries': 512,
+    'decode.top': 64,
+    'decode.sink': 4,
+    'decode.recent': 32,
+    'decode.mass': 0.0,
+    'decode.queries': 512,
   },
   # Its segments would be of a page, and each query reads what it probes.
   'retrieval_cluster': {

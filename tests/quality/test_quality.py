@@ -21,6 +21,8 @@ CASES = [
 def test_no_method_falls_below_its_record(label, name):
   command = f'python -m tests.quality.record {name}'
   record = records.read().get(label, {}).get(name)
+  if record is None and measure.GROUPS[label][2]:
+    pytest.skip(f'no long record yet: {command} --long')
   assert record is not None, f'{name} has no record: {command}'
   fall = records.worse(measure.group(label).measure(name), record)
   assert fall is None, f'{name}: {fall}; if it must be, {command}'
