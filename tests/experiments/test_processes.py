@@ -96,7 +96,7 @@ def until_rows(group, workdir, n, seconds=60):
     time.sleep(0.1)
 
 
-@pytest.mark.parametrize('victim', [1, 0])
+@pytest.mark.parametrize('victim', [1, pytest.param(0, marks=pytest.mark.long)])
 def test_a_dead_process_ends_the_others_and_the_run_goes_on(
   tmp_path, start, victim
 ):
@@ -133,9 +133,10 @@ def test_a_dead_process_ends_the_others_and_the_run_goes_on(
       [[], ['--config.nothing=2']],
       r'config\.nothing does not exist',
     ),
-    (
+    pytest.param(
       [['--config.mesh=(1, 8, 1)']] * 2,
       r'mesh data=1 x seq=8 x model=1 needs 8 devices',
+      marks=pytest.mark.long,
     ),
   ],
   ids=['seed', 'field', 'mesh'],

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.mesh
 # Two layers, 4 query heads of 2 kv heads: groups, and more devices than heads.
 CONFIG = dataclasses.replace(PRESETS['tiny'], dtype='float32')
 EXACT = {  # devices, fields
-  'ring': (8, {}),
+  'ring': (4, {}),
   'ring_contiguous': (4, {}),
   'ring_striped': (4, {}),
   'ulysses': (4, {}),
@@ -181,7 +181,7 @@ def answered(seq, option, context=1000):
   return hidden(method, request(context), seq, question=0)
 
 
-LONG = ('snapkv', 'gap', 'density', 'overlap')
+LONG = ('snapkv', 'gap', 'density', 'overlap', 'first_sees_query')
 
 
 @pytest.mark.parametrize(
@@ -224,6 +224,7 @@ def test_options_that_change_what_is_seen():
   assert not np.allclose(block_of(3, plain), block_of(3, rare), atol=1e-3)
 
 
+@pytest.mark.long
 def test_local_blocks_may_be_chosen():
   """All of them: what the interval attends to; some: less."""
   method = functools.partial(apb, hosts=2, compressor='query')
@@ -297,6 +298,10 @@ def test_anchor_rows_are_the_same_on_every_host_whatever_is_passed():
 
 
 # Bytes.
+
+
+def long(*values):
+  return pytest.param(*values, marks=pytest.mark.long)
 
 
 def program(method, seq, trace=False, room=None):
@@ -374,15 +379,19 @@ def ring_bytes(size, group, room):
   return {name: n for name, n in found.items() if n}
 
 
-@pytest.mark.parametrize('size', [2, 4, 8])
-@pytest.mark.parametrize('fields', [{}, {'shared_anchor': True}], ids=str)
+@pytest.mark.parametrize(
+  ('size', 'fields'),
+  [(2, {}), (4, {}), (8, {}), (4, {'shared_anchor': True})]
+  + [long(n, {'shared_anchor': True}) for n in (2, 8)],
+  ids=str,
+)
 def test_bytes_of_apb(size, fields):
   text, room = program(make('apb', hosts=8, **fields), size)
   want = apb_bytes(size, 8, room, fields)
   assert collective_bytes(text, size) == pytest.approx(want)
 
 
-@pytest.mark.parametrize(('size', 'room'), [(2, 4096), (4, 512), (8, 1024)])
+@pytest.mark.parametrize(('size', 'room'), [(2, 4096), long(4, 512), (8, 1024)])
 def test_bytes_of_an_all_gather(size, room):
   """4,096: chunks of the feed-forward do not cross the shards."""
   text, room = program(make('dense'), size, room=room)
@@ -390,13 +399,9 @@ def test_bytes_of_an_all_gather(size, room):
   assert collective_bytes(text, size) == pytest.approx(want)
 
 
-def long(*values):
-  return pytest.param(*values, marks=pytest.mark.long)
-
-
 @pytest.mark.parametrize(
   ('size', 'group'),
-  [(2, 1), (4, 1), (4, 0), (8, 4), long(8, 1), long(2, 0), long(4, 2)],
+  [(2, 1), (4, 1), (4, 0), long(8, 4), long(8, 1), long(2, 0), long(4, 2)],
 )
 def test_bytes_of_ring_and_ulysses(size, group):
   text, room = program(make('ring', **{'prefill.ulysses': group}), size)
