@@ -6,11 +6,43 @@ BAD_INPUT = 2
 FAILURE = 1
 INTERRUPTED = 130
 
+_FAULTS = {
+  'nan': 'NaN or infinity in the logits',
+  'out_of_pages': 'the cache ran out of pages (raise --config.capacity)',
+  'host_full': 'host memory is spent (lower config.batch or config.lengths, '
+  "or raise the method's cache.gigabytes)",
+  'host_gone': 'the host tier gave the row up while it was in use (a bug: '
+  'please report it)',
+  'host_failed': 'the host tier failed',
+}
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Failure(RuntimeError):
   """The input was good, but the run did not do all of its work."""
+
+
+class CannotWrite(OSError):
+  """A file of the run, or its folder, cannot be made or written."""
+
+
+def fault(status: str, dtype: str) -> str:
+  """Why a row ended without an answer, and what to do about it.
+
+  Args:
+    status: of the row; see `lcx.engine`.
+    dtype: of the weights.
+  """
+  from lcx.cache import host_calls
+
+  said = _FAULTS.get(status, status)
+  if status == 'nan' and dtype == 'float32':
+    said += ' (the weights may be damaged: download the model again)'
+  elif status == 'nan':
+    said += ' (try --config.dtype=float32)'
+  elif status in ('host_full', 'host_failed') and host_calls.last_error:
+    said += f': {host_calls.last_error[:300]}'
+  return said
 
 
 def describe(error: BaseException) -> tuple[str, int]:
@@ -39,6 +71,8 @@ def describe(error: BaseException) -> tuple[str, int]:
         'give the same command again',
         FAILURE,
       )
+    if isinstance(error, CannotWrite):
+      reason += ': give a --workdir that can be written'
     return f'{place}{reason}', BAD_INPUT
   if isinstance(error, ValueError):
     return text, BAD_INPUT

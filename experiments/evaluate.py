@@ -24,20 +24,15 @@ from absl import logging
 from experiments import (
   answers,
   environment,
+  errors,
   files,
   models,
   processes,
   report,
 )
 from experiments.answers import Place, Variant
-from experiments.errors import Failure
 from experiments.results import Results, Row, key_of, write_json
 from lcx import sharding
-
-_FAULTS = {
-  'nan': 'NaN or infinity in the logits (try --config.dtype=float32)',
-  'out_of_pages': 'the cache ran out of pages (raise --config.capacity)',
-}
 
 Protocol = Literal['whole', 'context_first']
 
@@ -293,19 +288,24 @@ def _check(config: Config, missing: Sequence[Place]) -> None:
   Raises:
     ValueError: a part refuses, or the model's header is damaged.
   """
+  from lcx.cache.host import Host
+
   for source in dict.fromkeys(p.source for p in missing):
     numbers = models.numbers(source, config.dtype)
     for variant in dict.fromkeys(p.variant for p in missing):
       for length in config.lengths:
         capacity = answers.capacity_for(length, config.capacity)
-        for part in (variant.method.prefill, variant.method.decode):
-          try:
+        method = variant.method
+        try:
+          for part in (method.prefill, method.decode):
             part.check(numbers, capacity)
-          except ValueError as error:
-            raise ValueError(
-              f'config.methods.{variant.label} on {source.name}, length '
-              f'{length}: {error}'
-            ) from error
+          if isinstance(method.cache, Host):
+            method.cache.check(numbers, capacity, config.batch, method.decode)
+        except ValueError as error:
+          raise ValueError(
+            f'config.methods.{variant.label} on {source.name}, length '
+            f'{length}: {error}'
+          ) from error
     if numbers.max_position < max(config.lengths):
       logging.warning(
         '%s was trained for %d tokens, config.lengths reaches %d',
@@ -403,8 +403,8 @@ def _report(
   bad = [r for r in rows if r['score'] is None]
   if bad:
     r = bad[0]
-    what = _FAULTS.get(r['status'], r['status'])
-    raise Failure(
+    what = errors.fault(r['status'], config.dtype)
+    raise errors.Failure(
       f'{len(bad)} of {len(rows)} rows have no score; the first: {what}: '
       f'method {r["method"]}, task {r["task"]}, length {r["length"]}, '
       f'sample {r["sample"]}; the same command tries them again'

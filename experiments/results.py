@@ -7,6 +7,7 @@ taken back at once. Rows of other configs may stand in the same file: a reader
 asks for the keys it wants.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -16,6 +17,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from absl import logging
+
+from experiments.errors import CannotWrite
 
 Row = dict[str, Any]
 
@@ -52,10 +55,13 @@ class Results:
     self.rows: dict[str, Row] = {}
     self.repaired = 0
     self.skipped: list[int] = []
-    self.path.parent.mkdir(parents=True, exist_ok=True)
-    self._file = os.open(
-      self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644
-    )
+    make_folder(self.path.parent)
+    try:
+      self._file = os.open(
+        self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644
+      )
+    except OSError as error:
+      raise _cannot_write(self.path, error) from error
     try:
       fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -105,8 +111,7 @@ class Results:
       os.fsync(self._file)
     except OSError as error:
       os.ftruncate(self._file, size)
-      error.filename = str(self.path)
-      raise
+      raise _cannot_write(self.path, error) from error
     self.rows.update((row['key'], row) for row in rows)
 
   def close(self) -> None:
@@ -120,6 +125,22 @@ class Results:
 
   def __exit__(self, *_) -> None:
     self.close()
+
+
+def make_folder(path: str | os.PathLike) -> None:
+  """Makes a folder and those above it, where they are not there.
+
+  Raises:
+    CannotWrite: this cannot be.
+  """
+  try:
+    pathlib.Path(path).mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: str | os.PathLike, error: OSError) -> CannotWrite:
+  return CannotWrite(error.errno, error.strerror, str(path))
 
 
 def write_file(path: str | os.PathLike, data: str | bytes) -> None:
@@ -138,9 +159,9 @@ def write_file(path: str | os.PathLike, data: str | bytes) -> None:
       os.fsync(f.fileno())
     os.replace(draft, path)
   except OSError as error:
-    draft.unlink(missing_ok=True)
-    error.filename = str(path)
-    raise
+    with contextlib.suppress(OSError):
+      draft.unlink(missing_ok=True)
+    raise _cannot_write(path, error) from error
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

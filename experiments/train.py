@@ -18,7 +18,7 @@ import safetensors.numpy
 import tqdm
 
 from experiments import environment, train_plot
-from experiments.results import write_file, write_json
+from experiments.results import make_folder, write_file, write_json
 from lcx import sharding
 from lcx.models import load as loader
 from lcx.models.config import ModelConfig
@@ -100,7 +100,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     OSError: a file cannot be read or written.
   """
   begin = time.monotonic()
-  workdir.mkdir(parents=True, exist_ok=True)
+  make_folder(workdir)
   data, words, tokenizer = prepare(config, workdir)
   mixture = Mixture(data, tokenizer, words, config.stages, config.seed)
   mesh = sharding.make_mesh(*config.mesh)

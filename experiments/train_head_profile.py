@@ -15,7 +15,7 @@ import numpy as np
 
 from experiments import environment, models
 from experiments.frozen_training import make_writer, train_piece
-from experiments.results import write_file, write_json
+from experiments.results import make_folder, write_file, write_json
 from lcx import sharding
 from lcx.head_profile import HeadProfile, fingerprint
 from lcx.train import head_profile
@@ -68,7 +68,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     OSError: a file cannot be read or written.
   """
   source = models.find(config.model, config.seed)
-  workdir.mkdir(parents=True, exist_ok=True)
+  make_folder(workdir)
   write_json(workdir / 'config.json', dataclasses.asdict(config))
   write_json(workdir / 'env.json', environment.describe())
   model = models.load(source, config.dtype)

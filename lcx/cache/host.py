@@ -106,8 +106,8 @@ class Host:
     need, room = keys * per_key, self.bound() - host_calls.held_bytes()
     if need > room:
       raise ValueError(
-        f'{batch} x {capacity} tokens take {need / 2**30:.2f} GiB of host '
-        f'memory, keys, values and index, but {max(0, room) / 2**30:.2f} GiB '
+        f'{batch} x {capacity} tokens take {need / 2**30:.3g} GiB of host '
+        f'memory, keys, values and index, but {max(0, room) / 2**30:.3g} GiB '
         'are left: lower capacity or batch, or raise cache.gigabytes'
       )
 

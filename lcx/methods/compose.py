@@ -214,11 +214,14 @@ def legal() -> list[tuple[str, str, str]]:
 
 
 def _nearest(prefill: str, cache: str, decode: str) -> str:
-  """The legal composition that shares most parts, as a hint."""
-  wanted = (prefill, cache, decode)
-  best = max(
-    legal(),
-    key=lambda c: sum(a == b for a, b in zip(c, wanted, strict=True)),
-    default=None,
-  )
+  """The legal composition that shares most parts, as a hint.
+
+  Of equals, one that keeps decode, then prefill: a cache serves them.
+  """
+
+  def shared(choice):
+    p, c, d = choice[0] == prefill, choice[1] == cache, choice[2] == decode
+    return p + c + d, d, p
+
+  best = max(legal(), key=shared, default=None)
   return f'; the nearest legal choice is {"+".join(best)}' if best else ''

@@ -149,12 +149,16 @@ def read_header(
   """
   head = _Header(data, where)
   if bytes(data[:4]) != b'GGUF':
-    raise ValueError(f'{where} is not a GGUF file (it does not start so)')
+    raise ValueError(
+      f'{where} is not a GGUF file (it does not start so); give '
+      'a .gguf file or a Hugging Face folder'
+    )
   head.at = 4
   version = head.number('I')
   if version not in (2, 3):
     raise ValueError(
-      f'{where}: GGUF version {version} is not supported; supported: 2 and 3'
+      f'{where}: GGUF version {version} is not supported; '
+      'supported: 2 and 3; convert the model again'
     )
   n_tensors, n_fields = head.number('Q'), head.number('Q')
   fields: dict[str, Any] = {}

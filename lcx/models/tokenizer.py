@@ -7,6 +7,7 @@ that the table lacks is refused: a wrong split gives wrong tokens silently.
 
 import dataclasses
 import json
+import logging
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +24,8 @@ from tokenizers import (
   pre_tokenizers,
   processors,
 )
+
+_LOG = logging.getLogger(__name__)
 
 # GPT-4's split (tiktoken's cl100k_base); Qwen2 takes digits one at a time,
 # Llama 3 up to three. As in the models' tokenizer.json.
@@ -198,6 +201,10 @@ def from_folder(path: pathlib.Path) -> Tokenizer:
   beside = path / 'chat_template.jinja'
   if beside.is_file():
     template = beside.read_text('utf-8')
+  elif not (path / 'tokenizer_config.json').is_file():
+    _LOG.warning(
+      '%s lacks tokenizer_config.json: prompts get no chat template', path
+    )
   return Tokenizer(
     backend,
     eos_ids=tuple(dict.fromkeys(i for i in ids if isinstance(i, int))),
@@ -317,7 +324,7 @@ def _byte_level(vocab, merges, pre, where):
   if pre not in PRE_TOKENIZERS:
     raise ValueError(
       f'{where}: pre-tokenizer {pre!r} is unknown; known: '
-      f'{sorted(PRE_TOKENIZERS)}'
+      f"{sorted(PRE_TOKENIZERS)}; give the model's Hugging Face folder"
     )
   parts, options, normalizer = PRE_TOKENIZERS[pre]
   pairs = [tuple(merge.split(' ')) for merge in merges]

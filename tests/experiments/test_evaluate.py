@@ -12,7 +12,16 @@ import time
 import pytest
 from absl.testing import flagsaver
 
-from experiments import environment, evaluate, report, resolve, results, run
+from experiments import (
+  environment,
+  errors,
+  evaluate,
+  report,
+  resolve,
+  results,
+  run,
+)
+from lcx.cache import host_calls
 from tests.experiments import fake
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -155,7 +164,7 @@ def test_the_code_of_one_method_is_its_own(monkeypatch):
 
 def test_nan_is_a_failure_that_keeps_the_rest(tmp_path, monkeypatch, capsys):
   monkeypatch.setenv('FAKE_NAN', 'quest')
-  with pytest.raises(evaluate.Failure, match=r'NaN.*method quest, task niah'):
+  with pytest.raises(errors.Failure, match=r'NaN.*method quest, task niah'):
     evaluate.run(config(), tmp_path)
   assert 'failed' in capsys.readouterr().out
   rows = rows_of(tmp_path)
@@ -164,6 +173,18 @@ def test_nan_is_a_failure_that_keeps_the_rest(tmp_path, monkeypatch, capsys):
   before = fake.Engine.calls
   evaluate.run(config(), tmp_path)
   assert fake.Engine.calls - before == before // 3
+
+
+def test_every_fault_has_its_words(monkeypatch):
+  monkeypatch.setattr(host_calls, 'last_error', "OSError('x')")
+  for code in host_calls.Fault:
+    status = host_calls.host_fault(code)
+    assert errors.fault(status, 'float32') != status
+  assert errors.fault('host_failed', 'float32').endswith(": OSError('x')")
+  assert 'cache.gigabytes' in errors.fault('host_full', 'float32')
+  # Where the weights are float32, another dtype is no advice.
+  assert '--config.dtype=float32' in errors.fault('nan', 'bfloat16')
+  assert '--config.dtype' not in errors.fault('nan', 'float32')
 
 
 @pytest.mark.parametrize(
@@ -178,6 +199,10 @@ def test_nan_is_a_failure_that_keeps_the_rest(tmp_path, monkeypatch, capsys):
     ({'tasks': {'niah': {}}}, "config.tasks.niah: no task 'niah'"),
     ({'tasks': {'niah_single_1': {'kees': 1}}}, 'has no parameter kees'),
     ({'methods': {'quest': {'decode.budget': 9}}}, 'length 600: .*budget'),
+    (
+      {'methods': {'retrieval': {'cache': {'gigabytes': 1e-6}}}},
+      'config.methods.retrieval .*length 600: .*GiB of host memory',
+    ),
     ({'capacity': 512}, '900 tokens do not fit into config.capacity=512'),
     ({'lengths': ()}, 'config.lengths is empty'),
     ({'samples': 0}, 'config.samples=0: at least 1'),
@@ -259,6 +284,7 @@ def test_workdir_that_cannot_be_written(tmp_path, command):
   code, said = command(*ARGS)
   assert (code, said.err.count('\n')) == (2, 1)
   assert str(tmp_path / 'run') in said.err
+  assert 'give a --workdir that can be written' in said.err
 
 
 def test_full_disk_is_one_line(tmp_path, command, monkeypatch):

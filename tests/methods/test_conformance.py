@@ -307,6 +307,9 @@ def test_every_legal_composition_runs(parts):
 def test_an_illegal_composition_is_refused():
   with pytest.raises(ValueError, match='needs .*nearest legal choice is'):
     methods.compose('dense', 'streaming', 'dense')
+  # The cache gives way: decode is what was asked for.
+  with pytest.raises(ValueError, match='choice is dense[+]paged[+]quest'):
+    methods.compose('dense', 'dense', 'quest')
 
 
 def test_unknown_names_and_fields_are_refused():
