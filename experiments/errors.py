@@ -1,6 +1,11 @@
 """What a run says when it ends badly: one line, and an exit code."""
 
 import errno
+import logging
+import os
+import re
+import sys
+from typing import Any
 
 BAD_INPUT = 2
 FAILURE = 1
@@ -15,6 +20,9 @@ _FAULTS = {
   'please report it)',
   'host_failed': 'the host tier failed',
 }
+# How tensorstore, which writes checkpoints, names an error of the system.
+_SYSTEM = re.compile(r"os_error_code='(\d+)'")
+_FILE = re.compile(r'(?:[Ww]riting|[Rr]eading|[Oo]pen\w*): "([^"]+)"')
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -24,6 +32,17 @@ class Failure(RuntimeError):
 
 class CannotWrite(OSError):
   """A file of the run, or its folder, cannot be made or written."""
+
+
+def no_traceback(record: logging.LogRecord) -> bool:
+  """A filter: no traceback of an error that a library logs and raises too."""
+  return record.exc_info is None
+
+
+def unraisable(what: Any) -> None:
+  """`sys.unraisablehook`: as ever, but for what follows a failed checkpoint."""
+  if str(what.exc_value) != 'Event loop is closed':  # tensorstore's callbacks
+    sys.__unraisablehook__(what)
 
 
 def fault(status: str, dtype: str) -> str:
@@ -53,11 +72,16 @@ def describe(error: BaseException) -> tuple[str, int]:
   everything unforeseen are failures (1).
   """
   text = ' '.join(str(error).split())
+  if found := _SYSTEM.search(text):
+    file, number = _FILE.search(text), int(found[1])
+    error = CannotWrite(number, os.strerror(number), file and file[1])
   if isinstance(error, KeyboardInterrupt):
     return 'interrupted; the same command goes on from here', INTERRUPTED
   if isinstance(error, Failure):
     return text, FAILURE
-  if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in text:
+  if isinstance(error, MemoryError) or (
+    'RESOURCE_EXHAUSTED' in text and not isinstance(error, OSError)
+  ):
     return (
       f'out of memory: {text[:200]}: lower config.batch or config.lengths',
       FAILURE,
@@ -67,8 +91,8 @@ def describe(error: BaseException) -> tuple[str, int]:
     reason = error.strerror or text
     if error.errno in _FULL:
       return (
-        f'{place}{reason}: rows already written are kept; free some space and '
-        'give the same command again',
+        f'{place}{reason}: what was written before is kept; free some space '
+        'and give the same command again',
         FAILURE,
       )
     if isinstance(error, CannotWrite):

@@ -54,7 +54,10 @@ def find(spec: str, seed: int) -> Source:
     return Source(spec, path.stem, _joint([path]), '', seed)
   weights = sorted(path.glob('*.safetensors'))
   if not weights:
-    raise ValueError(f'config.model={spec!r}: the folder has no .safetensors')
+    raise ValueError(
+      f'config.model={spec!r}: the folder has no .safetensors file; download '
+      'the whole model, or convert its weights to safetensors'
+    )
   beside = sorted(p for glob in _SIDE_FILES for p in path.glob(glob))
   name = path.resolve().name
   return Source(spec, name, _joint(weights), _joint(beside), seed)

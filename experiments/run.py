@@ -175,6 +175,8 @@ def _parse(argv: list[str]) -> None:
   logging.use_absl_handler()
   logging.set_verbosity(logging.WARNING)
   python_logging.getLogger('jax').setLevel(python_logging.ERROR)
+  if '--debug' not in argv:
+    logging.get_absl_logger().addFilter(errors.no_traceback)
   try:
     rest = flags.FLAGS(argv)
   except flags.Error as error:
@@ -254,4 +256,6 @@ def help_text() -> str:
 
 
 if __name__ == '__main__':
+  if '--debug' not in sys.argv:
+    sys.unraisablehook = errors.unraisable
   sys.exit(main(sys.argv))

@@ -151,10 +151,10 @@ def guarded(work, *args) -> int:
   except Gone:
     return int(Fault.GONE)
   except MemoryError as error:
-    last_error = repr(error)
+    last_error = f'{type(error).__name__}: {error}'
     return int(Fault.FULL)
   except BaseException as error:  # the device must hear of it, not see it
-    last_error = repr(error)
+    last_error = f'{type(error).__name__}: {error}'
     return int(Fault.FAILED)
 
 

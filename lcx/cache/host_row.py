@@ -232,7 +232,11 @@ class Row:
       path = os.path.join(folder, f'{of[:32]}.index')
     if folder and os.path.exists(path):
       with open(path, 'rb') as file:
-        indexes = vi.from_bytes(file.read(), numbers, of)
+        saved = file.read()
+      try:
+        indexes = vi.from_bytes(saved, numbers, of)
+      except ValueError as error:
+        raise ValueError(f'{path}: {error}') from error
     else:
       indexes = [
         vi.build(numbers, k, first, self._numbered(x, first, stop))

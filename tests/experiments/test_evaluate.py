@@ -176,11 +176,11 @@ def test_nan_is_a_failure_that_keeps_the_rest(tmp_path, monkeypatch, capsys):
 
 
 def test_every_fault_has_its_words(monkeypatch):
-  monkeypatch.setattr(host_calls, 'last_error', "OSError('x')")
+  monkeypatch.setattr(host_calls, 'last_error', 'OSError: x')
   for code in host_calls.Fault:
     status = host_calls.host_fault(code)
     assert errors.fault(status, 'float32') != status
-  assert errors.fault('host_failed', 'float32').endswith(": OSError('x')")
+  assert errors.fault('host_failed', 'float32').endswith(': OSError: x')
   assert 'cache.gigabytes' in errors.fault('host_full', 'float32')
   # Where the weights are float32, another dtype is no advice.
   assert '--config.dtype=float32' in errors.fault('nan', 'bfloat16')

@@ -94,7 +94,7 @@ def test_full_disk_keeps_what_was_written(tmp_path, monkeypatch, short):
     line, code = errors.describe(caught.value)
     assert code == 1
     assert str(path) in line
-    assert 'rows already written are kept' in line
+    assert 'what was written before is kept' in line
     assert path.read_bytes() == before
     assert list(results.rows) == ['k0']
     results.append([row(1)])
@@ -127,6 +127,17 @@ def test_file_size_limit_is_a_full_disk(tmp_path):
   with Results(tmp_path / 'r.jsonl') as results:
     assert len(results.rows) == int(count)
     assert not results.repaired
+
+
+def test_full_disk_of_a_checkpoint_is_no_lack_of_memory():
+  error = ValueError(  # as orbax passes on what tensorstore says
+    'RESOURCE_EXHAUSTED: Error writing "x" in OCDBT database: Failed writing: '
+    '"/run/d/c0": Failed to write 9 bytes to file 18: No space left on device '
+    "[os_error_code='28']"
+  )
+  line, code = errors.describe(error)
+  assert code == 1
+  assert line.startswith('/run/d/c0: No space left on device: what was written')
 
 
 def test_a_file_is_replaced_at_once_or_not_at_all(tmp_path, monkeypatch):
