@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.block_sparse import block_sparse, dense_blocks
-from kernels_pallas.selected_token import attend_pages
 from lcx import cache as caches
 from lcx.methods import shards
 from lcx.methods.base import Context, Decode, Method, Prefill, Rope, Trace
+from lcx.methods.listed_pages import attend_listed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +48,12 @@ class DenseDecode(Decode):
 
   def attend(self, q, k, v, rope: Rope, cache, state, ctx: Context):
     cache = shards.append(cache, k, rope(k, ctx.positions), v, ctx)
-    part = attend_pages(
+    part = attend_listed(
       rope(q, ctx.positions),
-      cache.pages(),
+      cache,
       cache.page_ids(),
       cache.page_starts(),
-      q_positions=shards.seen_until(cache, ctx),
-      **shards.window(k.shape[2], ctx.sliding_window),
+      ctx,
     )
     out = shards.merged(part, ctx.axes).astype(q.dtype)
     return out, cache, state, decode_trace(dense_pairs(q, ctx), q, ctx)

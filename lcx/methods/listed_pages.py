@@ -1,9 +1,10 @@
 """Attention over listed pages with a sink and a window per kv head.
 
 One launch serves retrieval and streaming heads. Where the sequence is sharded,
-a shard's last page may be half full while later tokens live elsewhere: a window
-reaches back from the true position of the query, but the page's unused slots
-must not be seen. That page is read token by token.
+a shard's last page may be half full while later tokens live elsewhere, and the
+page's unused slots must not be seen. Without a window, it is enough that a
+query's position ends with the shard's last token. A window reaches back from
+the query's true position: then that page is read token by token.
 """
 
 from typing import Any
@@ -16,6 +17,7 @@ from kernels_pallas.block_sparse import EVERYTHING
 from kernels_pallas.keys import NEVER
 from kernels_pallas.partial import Partial, merge
 from kernels_pallas.selected_token import attend_pages, attend_tokens
+from lcx.methods import shards
 from lcx.methods.base import Context
 
 
@@ -43,6 +45,7 @@ def attend_listed(
   ids: Int32[Array, 'B K W'],
   starts: Int32[Array, 'B K W'],
   ctx: Context,
+  window: tuple[Int32[Array, 'K'], Int32[Array, 'K']] | None = None,
 ) -> Partial:
   """This shard's part over the listed pages.
 
@@ -52,12 +55,19 @@ def attend_listed(
     ids: pages of its pool, each once a row; -1: skipped.
     starts: their first positions; NEVER where skipped.
     ctx: positions of the queries are true ones.
+    window: (sink, window) per kv head; None: the cache's and the model's.
   """
   pages = cache.pages()
-  rule: dict[str, Any] = {'q_positions': ctx.positions}
-  if is_ring(cache) or ctx.sliding_window is not None:
-    sink, window = visible(cache, ids.shape[1], ctx.sliding_window)
-    rule |= {'sink': sink, 'window': window}
+  if window is None and (is_ring(cache) or ctx.sliding_window is not None):
+    window = visible(cache, ids.shape[1], ctx.sliding_window)
+  if window is None:
+    until = shards.seen_until(cache, ctx)
+    return attend_pages(q, pages, ids, starts, q_positions=until)
+  rule: dict[str, Any] = {
+    'q_positions': ctx.positions,
+    'sink': window[0],
+    'window': window[1],
+  }
   if jax.lax.axis_size(ctx.axes.seq) == 1:
     return attend_pages(q, pages, ids, starts, **rule)
   last = cache.last_position()[:, None, None]

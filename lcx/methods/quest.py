@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels_pallas.selected_token import attend_pages, page_scores
+from kernels_pallas.selected_token import page_scores
 from lcx import cache as caches
 from lcx.methods import shards
 from lcx.methods.base import Context, Decode, Method, Rope
 from lcx.methods.dense import DenseDecode, DensePrefill, decode_trace
+from lcx.methods.listed_pages import attend_listed
 from lcx.select.top_pages import take_pages, top_pages
 
 
@@ -77,14 +78,7 @@ class QuestDecode(Decode):
       axis=ctx.axes.seq,
     )
     ids, starts = take_pages(index, ids, starts)
-    part = attend_pages(
-      q,
-      pages,
-      ids,
-      starts,
-      q_positions=shards.seen_until(cache, ctx),
-      **shards.window(k.shape[2], ctx.sliding_window),
-    )
+    part = attend_listed(q, cache, ids, starts, ctx)
     out = shards.merged(part, ctx.axes).astype(q.dtype)
     keys = seen_keys(starts, q, ctx, pages.page)
     return out, cache, state, decode_trace(keys, q, ctx)

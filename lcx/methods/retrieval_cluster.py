@@ -17,11 +17,12 @@ from jax import lax
 
 from kernels_pallas.keys import NEVER
 from kernels_pallas.partial import Partial, merge
-from kernels_pallas.selected_token import attend_pages, attend_tokens
+from kernels_pallas.selected_token import attend_tokens
 from lcx import cache as caches
 from lcx.methods import shards
 from lcx.methods.base import Axes, Context, Decode, Method, Rope, Trace
 from lcx.methods.dense import DensePrefill, dense_pairs
+from lcx.methods.listed_pages import attend_listed
 from lcx.select.vector_index_cluster import Clusters, page_of, search
 
 
@@ -107,10 +108,8 @@ class ClusterDecode(Decode):
     rule: dict[str, Any] = shards.window(k.shape[2], ctx.sliding_window)
     until = shards.seen_until(cache, ctx)
     ids, starts = self._static(state, cache)
-    static = attend_pages(
-      q, cache.pages(), ids, starts, q_positions=until, **rule
-    )
-    positions, found, part = self._retrieved(state, cache, q, until, rule, ctx)
+    static = attend_listed(q, cache, ids, starts, ctx)
+    positions, found, part = self._retrieved(state, cache, q, rule, ctx)
     part = merge(static, part)
     out = shards.merged(part, ctx.axes).astype(q.dtype)
     trace = self._trace(
@@ -178,7 +177,7 @@ class ClusterDecode(Decode):
 
     return take(ids, -1), take(starts, NEVER)
 
-  def _retrieved(self, index, cache, q, until, rule, ctx: Context):
+  def _retrieved(self, index, cache, q, rule, ctx: Context):
     """Positions of what was found, the search's report, and its partial."""
     b, t, n, h = q.shape
     kv = index.order.shape[1]
@@ -207,7 +206,7 @@ class ClusterDecode(Decode):
       cache.pages(),
       by_query(rows),
       positions,
-      q_positions=until.reshape(b * t, 1),
+      q_positions=ctx.positions.reshape(b * t, 1),
       **rule,
     )
     part = Partial(part.out.reshape(q.shape), part.lse.reshape(b, t, n))

@@ -8,7 +8,6 @@ rewinding to the end of the prompt stays exact.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +15,12 @@ from jaxtyping import Array, Float, Int32
 
 from kernels_pallas.keys import NEVER
 from kernels_pallas.partial import merge
-from kernels_pallas.selected_token import attend_pages, attend_tokens
+from kernels_pallas.selected_token import attend_tokens
 from lcx import cache as caches
 from lcx.methods import shards
 from lcx.methods.base import Axes, Context, Decode, Method, Rope, Trace
 from lcx.methods.dense import DensePrefill, dense_pairs
+from lcx.methods.listed_pages import attend_listed
 from lcx.select.snapkv import snapkv
 from lcx.select.window import last_queries
 
@@ -140,19 +140,23 @@ class SnapKVDecode(Decode):
     cache = shards.append(cache, k, rope(k, ctx.positions), v, ctx)
     pages = cache.pages()
     ids, starts, lost = self._after(cache, state.since, pages.page)
-    rule: dict[str, Any] = {
-      'q_positions': shards.seen_until(cache, ctx),
-      **shards.window(k.shape[2], ctx.sliding_window),
-    }
     part = merge(
-      attend_tokens(q, pages, state.rows, state.positions, **rule),
-      attend_pages(q, pages, ids, starts, **rule),
+      attend_tokens(
+        q,
+        pages,
+        state.rows,
+        state.positions,
+        q_positions=ctx.positions,
+        **shards.window(k.shape[2], ctx.sliding_window),
+      ),
+      attend_listed(q, cache, ids, starts, ctx),
     )
     out = shards.merged(part, ctx.axes).astype(q.dtype)
     trace = None
     if ctx.trace:
+      until = shards.seen_until(cache, ctx)
       trace = Trace(
-        keys=_seen(state, starts, pages.page, q, rule['q_positions'], ctx),
+        keys=_seen(state, starts, pages.page, q, until, ctx),
         pairs=dense_pairs(q, ctx),
         counters={'lost_new_tokens': lost * q.shape[1] * 1.0},
       )

@@ -16,11 +16,11 @@ from kernels_pallas.block_sparse import (
   block_sparse,
   streaming_blocks,
 )
-from kernels_pallas.selected_token import attend_pages
 from lcx.cache import Paged
 from lcx.methods import shards
 from lcx.methods.base import Context, Decode, Method, Prefill, Rope, Trace
 from lcx.methods.dense import decode_trace, dense_pairs
+from lcx.methods.listed_pages import attend_listed
 
 SINK, RECENT = 4, 1020
 
@@ -103,14 +103,16 @@ class StreamingDecode(Decode):
     recent = min(self.recent, ctx.sliding_window or self.recent)
     # A model's own window takes the sink away, too.
     sink = 0 if ctx.sliding_window is not None else self.sink
-    part = attend_pages(
+    part = attend_listed(
       rope(q, ctx.positions),
-      cache.pages(),
+      cache,
       cache.page_ids(),
       cache.page_starts(),
-      q_positions=shards.seen_until(cache, ctx),
-      sink=jnp.full((heads,), sink, jnp.int32),
-      window=jnp.full((heads,), recent, jnp.int32),
+      ctx,
+      (
+        jnp.full((heads,), sink, jnp.int32),
+        jnp.full((heads,), recent, jnp.int32),
+      ),
     )
     out = shards.merged(part, ctx.axes).astype(q.dtype)
     return out, cache, state, decode_trace(seen(self, q, ctx), q, ctx)

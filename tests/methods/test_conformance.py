@@ -64,10 +64,10 @@ def answer_scores(engine, prompts, steps=5, question=0):
 
 
 @functools.cache
-def make_engine(method, mesh=(1, 1, 1)):
+def make_engine(method, mesh=(1, 1, 1), sliding_window=None):
   """An engine of two rows; its programs serve several tests."""
   return Engine(
-    CONFIG,
+    dataclasses.replace(CONFIG, sliding_window=sliding_window),
     transformer.init(CONFIG, jax.random.key(0)),
     method,
     capacity=CAPACITY,
@@ -213,6 +213,21 @@ def test_sharded_equals_unsharded(name):
       make_engine(method, mesh).prefill(prompts, 0)
     mesh = (2, 1, 2)
   got, got_scores = answer_scores(make_engine(method, mesh), prompts)
+  assert got == tokens
+  chex.assert_trees_all_close(got_scores, scores, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.xdist_group('mesh')
+@pytest.mark.parametrize('decode', ['dense', 'snapkv'])
+def test_a_sliding_window_reaches_over_shards(decode):
+  prompts = [prompt(8), prompt(9, context=211)]
+  method = methods.compose('dense', 'paged', decode)
+  tokens, scores = answer_scores(
+    make_engine(method, sliding_window=70), prompts, steps=12
+  )
+  got, got_scores = answer_scores(
+    make_engine(method, (1, 2, 1), 70), prompts, steps=12
+  )
   assert got == tokens
   chex.assert_trees_all_close(got_scores, scores, rtol=2e-3, atol=2e-3)
 
