@@ -277,7 +277,12 @@ def trace_programs(method):
   return jax.eval_shape(programs, transformer.abstract(CONFIG), tokens)
 
 
-def test_every_two_parts_that_may_meet_trace_together():
+@pytest.mark.parametrize(
+  'with_cache',
+  [True, pytest.param(False, marks=pytest.mark.long)],
+  ids=['part and cache', 'any two parts'],
+)
+def test_every_two_parts_that_may_meet_trace_together(with_cache):
   """Shapes and dtypes fit, for every pair of parts in a legal composition."""
   compositions = legal()
   print(f'{len(compositions)} legal compositions')
@@ -285,6 +290,8 @@ def test_every_two_parts_that_may_meet_trace_together():
   met = set()
   for parts in compositions:
     pairs = set(itertools.combinations(enumerate(parts), 2))
+    if with_cache:  # prefill meets decode in the long run, and in CROSSED
+      pairs = {p for p in pairs if 1 in (p[0][0], p[1][0])}
     if pairs <= met:
       continue
     met |= pairs
