@@ -49,7 +49,11 @@ class Group:
             + [f'--coordinator=localhost:{port}', f'--processes={n}']
             + [f'--process={i}', f'--heartbeat={HEARTBEAT}'],
             env=os.environ
-            | {'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ''}
+            | {
+              'PYTHONPATH': str(ROOT),
+              'XLA_FLAGS': '',
+              'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+            }
             | environment,
             cwd=ROOT,
             stdout=out,

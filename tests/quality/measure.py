@@ -114,6 +114,12 @@ def names(after: bool) -> tuple[str, ...]:
   return tuple(sorted(found, key=lambda name: (name != 'dense', name)))
 
 
+def is_exact(name: str) -> bool:
+  """Whether a method other than dense sees all, as conformance shows."""
+  method = methods.get_method(name)
+  return name != 'dense' and method.at_full_budget(4096) == method
+
+
 # Where a method's own tight budget is not what should be watched.
 BUDGETS: dict[str, dict[str, Any]] = {
   # An index of as many sampled queries as the prompt has tokens takes long.

@@ -9,7 +9,10 @@ CASES = [
     label,
     name,
     id=f'{label}-{name}',
-    marks=[pytest.mark.long] * is_long + [pytest.mark.xdist_group(label)],
+    marks=[
+      *[pytest.mark.long] * (is_long or measure.is_exact(name)),
+      pytest.mark.xdist_group(label),
+    ],
   )
   for label, (_, after, is_long) in measure.GROUPS.items()
   for name in measure.names(after)
