@@ -74,6 +74,7 @@ def test_the_loss_is_what_the_module_says():
   assert float(total - fit) == pytest.approx(0.5 * step, rel=1e-4)
 
 
+@pytest.mark.long
 def test_loss_falls_and_a_resumed_run_repeats_it_exactly(tmp_path):
   whole = trainer()
   rows = list(whole.run(99))
@@ -125,6 +126,7 @@ def answer(path, mesh=None, **fields):
   return np.asarray(engine.prefill([prompt], 0).scores)
 
 
+@pytest.mark.long
 @pytest.mark.mesh
 def test_apb_passes_what_the_heads_choose_on_any_mesh(path):
   from lcx import sharding

@@ -120,6 +120,7 @@ def test_the_loss_falls_on_one_batch():
   assert curve[-1] < curve[0] - 0.1
 
 
+@pytest.mark.long
 @pytest.mark.mesh
 def test_a_mesh_and_remat_give_the_same_loss_and_gradient():
   whole = tiny.make()
