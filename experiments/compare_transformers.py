@@ -196,6 +196,8 @@ def report(phase: str, samples: list[list[float]], versions: dict):
     'device': f'{CORES.value} CPU cores',
     'versions': {**environment.versions(), **versions},
     'git': environment.git(),
+    'command': 'python -m experiments.compare_transformers '
+    f'--tokens={TOKENS.value} --new={NEW.value} --cores={CORES.value}',
     'date': time.strftime('%Y-%m-%d'),
   }
   if OUT.value:
