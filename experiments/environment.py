@@ -49,6 +49,11 @@ def device() -> str:
   return f'{len(devices)} x {devices[0].device_kind}'
 
 
+def command() -> str:
+  """This run's command line, without the folder that it was started in."""
+  return ' '.join(('python -m experiments.run', *sys.argv[1:]))
+
+
 def describe() -> dict:
   """The content of env.json."""
   revision = git()
@@ -62,7 +67,7 @@ def describe() -> dict:
     'cores': os.cpu_count(),
     'machine': platform.platform(),
     'xla_flags': os.environ.get('XLA_FLAGS', ''),
-    'command': ' '.join(sys.argv),
+    'command': command(),
   }
 
 

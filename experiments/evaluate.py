@@ -383,7 +383,7 @@ def _report(
 ) -> None:
   """Writes and prints the report; raises Failure where a row has no score."""
   facts = {
-    'command': f'python -m experiments.run {" ".join(sys.argv[1:])}',
+    'command': environment.command(),
     **{
       f'model {r["model"]}': f'{config.dtype}, SHA-256 {r["model_sha256"]}'
       for r in {r['model_sha256']: r for r in rows}.values()

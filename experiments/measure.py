@@ -13,7 +13,6 @@ import gc
 import importlib
 import json
 import pathlib
-import sys
 from typing import Any, Literal
 
 import jax
@@ -177,7 +176,7 @@ def row_of(case, name: str, time, ceilings: dict[str, float]) -> dict[str, Any]:
     'ratio': None,
     'compile_s': time.compile_s,
     'versions': environment.versions(),
-    'command': 'python -m experiments.run ' + ' '.join(sys.argv[1:]),
+    'command': environment.command(),
     'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
   }
 

@@ -22,7 +22,6 @@ import gc
 import itertools
 import pathlib
 import statistics
-import sys
 import time
 from typing import Any, Literal
 
@@ -141,7 +140,7 @@ def _row(bench, op, length, label, method, where, results) -> Row:
     reason = str(error).strip().splitlines() or [type(error).__name__]
     row['error'] = reason[0][:300]
   gc.collect()
-  row['command'] = ' '.join(sys.argv)
+  row['command'] = environment.command()
   row['date'] = datetime.datetime.now(datetime.UTC).isoformat('T', 'seconds')
   return row
 

@@ -18,7 +18,6 @@ import datetime
 import functools
 import pathlib
 import statistics
-import sys
 import time
 from typing import Any, Literal
 
@@ -152,7 +151,7 @@ def _origin(where) -> Row:
     'device': where['device'],
     'versions': where['versions'],
     'git': where['git'],
-    'command': ' '.join(sys.argv),
+    'command': environment.command(),
     'date': datetime.datetime.now(datetime.UTC).isoformat('T', 'seconds'),
   }
 

@@ -17,7 +17,6 @@ import dataclasses
 import datetime
 import pathlib
 import statistics
-import sys
 import time
 from typing import Literal
 
@@ -130,7 +129,7 @@ def _json(row: Row) -> str:
 def _row(config, op: str, found: Row, where) -> Row:
   identity = {
     'op': op,
-    'model': config.model,
+    'model': pathlib.Path(config.model).name,
     'length': config.length,
     'top': config.top,
     'queries': config.queries,
@@ -148,7 +147,7 @@ def _row(config, op: str, found: Row, where) -> Row:
     | {
       'cores': where['cores'],
       'versions': where['versions'] | _faiss_version(),
-      'command': ' '.join(sys.argv),
+      'command': environment.command(),
       'date': datetime.datetime.now(datetime.UTC).isoformat('T', 'seconds'),
     }
   )
