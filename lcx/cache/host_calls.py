@@ -246,7 +246,9 @@ def index(handles, used, near, *, numbers, search, folder, host):
 
   def build(b):
     row = row_of(int(handles[b]))
-    each = [jax.tree.map(lambda x: x[b, h], near) for h in range(heads)]  # noqa: B023
+    each = [
+      jax.tree.map(lambda x, at=(b, h): x[at], near) for h in range(heads)
+    ]
     with row.lock:
       row.truncate(int(used[b]))
       until = search.until(row.used)

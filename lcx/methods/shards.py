@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from kernels_pallas.block_sparse import EVERYTHING
 from kernels_pallas.partial import Partial, merge_over
 from lcx.methods.base import Axes, Context
 
@@ -85,11 +84,6 @@ def window(n_kv_heads: int, sliding_window: int | None) -> dict[str, Any]:
     'sink': jnp.zeros((n_kv_heads,), jnp.int32),
     'window': jnp.full((n_kv_heads,), sliding_window, jnp.int32),
   }
-
-
-def full_window(n: int) -> Int32[Array, 'n']:
-  """A window that holds every key, for n heads."""
-  return jnp.full((n,), EVERYTHING, jnp.int32)
 
 
 def merged(part: Partial, axes: Axes) -> Float[Array, 'B T N H']:
