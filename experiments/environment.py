@@ -20,7 +20,12 @@ _PACKAGES = ('jax', 'jaxlib', 'flax', 'numpy', 'ml_dtypes', 'tokenizers')
 
 
 def git() -> str:
-  """The revision; `-dirty` where tracked files differ; `unknown` outside."""
+  """The revision; `-dirty` where tracked files differ; `unknown` outside.
+
+  LCX_REVISION names it where a copy without a repository runs.
+  """
+  if named := os.environ.get('LCX_REVISION'):
+    return named
   command = ['git', '-C', str(ROOT), 'describe', '--always', '--dirty']
   command += ['--abbrev=12', '--exclude=*']
   try:

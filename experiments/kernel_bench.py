@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import torch_peers
 from kernels_pallas import block_sparse, passing_block, selected_token
 from kernels_pallas.keys import Pages
 
@@ -21,6 +22,7 @@ from kernels_pallas.keys import Pages
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 KIB = 1024
 BLOCK = 128
+SAMPLES = 10  # of peers outside JAX
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Case:
     work: FLOPs or bytes of a call.
     unit: 'TFLOP/s' or 'GB/s', of the rate.
     calls: implementation -> how to make its Call; the first is ours.
+    timed: peers outside JAX -> milliseconds of a call, a sample each.
   """
 
   op: str
@@ -49,19 +52,18 @@ class Case:
   work: float
   unit: str
   calls: dict[str, Callable[[], Call]]
+  timed: dict[str, Callable[[], tuple[float, ...]]] = dataclasses.field(
+    default_factory=dict
+  )
 
 
 def _normal(seed: int, shape, dtype=jnp.bfloat16):
-  make = jax.jit(
-    lambda: jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(
-      dtype
-    )
-  )
-  if np.prod(shape) < 2**28:
-    return make()
-  # In slices: the float32 numbers of a whole pool would fill the memory.
-  parts = [_normal(seed + i, shape[1:], dtype) for i in range(shape[0])]
-  return jnp.stack(parts)
+  return _drawn(jax.random.key(seed), tuple(shape), jnp.dtype(dtype))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _drawn(key, shape, dtype):
+  return jax.random.normal(key, shape, jnp.float32).astype(dtype)
 
 
 def ceilings() -> Iterator[Case]:
@@ -140,7 +142,19 @@ def _dense_peers(q, k, v) -> dict[str, Callable[[], Call]]:
 
     return Call(run, [(q, *swapped)])
 
-  return {'cudnn': cudnn}
+  def mosaic():
+    import tokamax
+
+    swapped = k.swapaxes(1, 2) + 0, v.swapaxes(1, 2) + 0
+
+    def run(q, k, v):
+      return tokamax.dot_product_attention(
+        q, k, v, is_causal=True, implementation='mosaic'
+      )
+
+    return Call(run, [(q, *swapped)])
+
+  return {'cudnn': cudnn, 'tokamax mosaic': mosaic}
 
 
 def _ours(implementation, sizes=None):
@@ -166,12 +180,13 @@ def prompts(
     for sizes in variants:
       other = _ours(implementation, sizes)
       calls[_named(sizes)] = functools.partial(Call, other, [inputs])
+    timed = {}
     if peers:
       calls |= _dense_peers(q, k, v)
+      timed = torch_peers.dense(tokens, HEADS, KV_HEADS, HEAD_DIM, SAMPLES)
     work = 4 * HEAD_DIM * pairs
-    yield Case(
-      'block_sparse', f'causal {_label(tokens)}', work, 'TFLOP/s', calls
-    )
+    case = f'causal {_label(tokens)}'
+    yield Case('block_sparse', case, work, 'TFLOP/s', calls, timed)
     for share in shares:
 
       def listed(share=share, run=run, inputs=(q, k, v), tokens=tokens):
@@ -327,14 +342,17 @@ def decodes(
       made = {'ours': ours}
       for sizes in variants:
         made[_named(sizes)] = lambda sizes=sizes, ours=ours: ours(sizes)
+      timed = {}
       if b == 16 and peers:
         made |= _decode_peers(pages, tokens, calls)
+        timed = torch_peers.decode(tokens, HEADS, KV_HEADS, HEAD_DIM, SAMPLES)
       yield Case(
         'selected_token',
         f'decode {_label(tokens)} bits {b}',
         KV_HEADS * tokens * _token_bytes(b),
         'GB/s',
         made,
+        timed,
       )
 
 
