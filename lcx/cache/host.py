@@ -101,7 +101,7 @@ class Host:
     size = 4 if config.dtype == 'float32' else 2
     per_key = 2 * config.head_dim * size
     if hasattr(decode, 'index_bytes'):
-      per_key += decode.index_bytes(config.head_dim)
+      per_key += decode.index_bytes(config)
     keys = batch * capacity * config.n_layers * config.n_kv_heads
     need, room = keys * per_key, self.bound() - host_calls.held_bytes()
     if need > room:
@@ -249,23 +249,26 @@ class HostCache:
       search: how to search.
       ready: what `index` returned.
     """
-    row, heads = _like(self.handles), q.shape[:3]
-    floats = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    stats = floats((q.shape[0], len(STATS)))
-    handles, fault, *found = io_callback(
+    batch, t, n, h = q.shape
+    # Each array that goes or comes is a copy of its own, and costs more than
+    # its bytes.
+    count = self.ring.used - used
+    numbers = jnp.stack([self.handles, used, count], axis=1)
+    asked = jnp.concatenate([q, lse[..., None]], axis=3, dtype=jnp.float32)
+    size = t * n * (h + 2)
+    rows, found = io_callback(
       functools.partial(host_calls.attend, search=search, host=self.config),
-      (row, row, floats(q.shape), floats(heads), floats(heads), stats),
-      self.handles,
-      used,
-      self.ring.used - used,
-      _narrow(k),
-      _narrow(v),
-      positions,
-      q.astype(jnp.float32),
-      lse,
-      ready,
+      (
+        jax.ShapeDtypeStruct((batch, 2), jnp.int32),
+        jax.ShapeDtypeStruct((batch, size + len(STATS)), jnp.float32),
+      ),
+      jnp.concatenate([numbers, positions, ready], axis=1, dtype=jnp.int32),
+      jnp.concatenate([_narrow(k), _narrow(v)], axis=2),
+      asked,
     )
-    return self._after(self.ring, handles, fault), Attended(*found)
+    stats, found = found[:, size:], found[:, :size].reshape(batch, t, n, h + 2)
+    found = Attended(found[..., :h], found[..., h], found[..., h + 1], stats)
+    return self._after(self.ring, rows[:, 0], rows[:, 1]), found
 
   def index(
     self, near: Near, numbers: Any, search: Search, folder: str

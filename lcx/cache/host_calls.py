@@ -16,11 +16,13 @@ import time
 import jax
 import numpy as np
 
-from lcx.cache.host_row import COUNTERS, Row
+from lcx.cache.host_row import Row
+from lcx.cache.host_step import COUNTERS
 
-# Microseconds: of the first call until the index is there, of a call, of all
-# threads in the index.
-STATS = (*COUNTERS, 'wait_us', 'host_us', 'search_us')
+# Microseconds: of the first call until the index is there, of a call, of that
+# what its own thread did while no other thread searched or multiplied for it
+# (Python's share), of all threads in the index.
+STATS = (*COUNTERS, 'wait_us', 'host_us', 'python_us', 'search_us')
 
 
 class Fault(enum.IntEnum):
@@ -45,10 +47,16 @@ last_error = ''
 
 @functools.cache
 def pool() -> concurrent.futures.ThreadPoolExecutor:
-  """Threads that search: a head of a row is one job."""
+  """Threads that search: a few queries of a head are one job."""
   return concurrent.futures.ThreadPoolExecutor(
     os.cpu_count(), 'lcx-search', _one_thread
   )
+
+
+@functools.cache
+def rows_pool() -> concurrent.futures.ThreadPoolExecutor:
+  """Threads that attend, one a row, where a call is of several rows."""
+  return concurrent.futures.ThreadPoolExecutor(os.cpu_count(), 'lcx-row')
 
 
 @functools.cache
@@ -182,59 +190,76 @@ def put(handles, used, count, k, v, positions, *, host):
   return write_all(handles, used, count, k, v, positions, host)
 
 
-def attend(
-  handles, used, count, k, v, positions, q, device, ready, *, search, host
-):
-  """Appends few tokens and attends: what `HostCache.attend_host` returns."""
+def attend(numbers, new, asked, *, search, host):
+  """Appends few tokens and attends.
+
+  Args:
+    numbers: int32 [B 3+T+K]: handle, tokens used, tokens new, their positions,
+      and what `index` returned.
+    new: [B T 2K H] keys, then values.
+    asked: float32 [B T N H+1] queries, each with what the device's normaliser
+      of it is.
+    search: how.
+    host: the cache's `Host`.
+
+  Returns:
+    (int32 [B 2] handles and faults,
+    float32 [B T*N*(H+2) + len(STATS)] what `HostCache.attend_host` says).
+  """
   start = time.perf_counter()
-  handles, fault = write_all(handles, used, count, k, v, positions, host)
-  fault = np.maximum(fault, np.asarray(ready).max(1, initial=0))
-  q, device, count = np.asarray(q), np.asarray(device), np.asarray(count)
-  batch, t, n, h = q.shape
-  kv = k.shape[2]
-  out = np.zeros(q.shape, np.float32)
-  lse = np.full((batch, t, n), -np.inf, np.float32)
-  rest = lse.copy()
-  stats = np.zeros((batch, len(STATS)), np.float32)
+  numbers, new, asked = (np.asarray(x) for x in (numbers, new, asked))
+  batch, t, n, h = asked.shape
+  h, kv = h - 1, new.shape[2] // 2
+  handles, used, count = numbers[:, :3].T
+  positions, ready = numbers[:, 3 : 3 + t], numbers[:, 3 + t :]
+  keys, values = new[:, :, :kv], new[:, :, kv:]
+  handles, fault = write_all(
+    handles, used, count, keys, values, positions, host
+  )
+  fault = np.maximum(fault, ready.max(1, initial=0))
+  packed = np.zeros((batch, t * n * (h + 2) + len(STATS)), np.float32)
+  found = packed[:, : -len(STATS)].reshape(batch, t, n, h + 2)
+  stats = packed[:, -len(STATS) :]
+  found[..., h:] = -np.inf
   # Padding is not asked for, and rows of nothing else are not, either.
-  asked = [b for b in np.flatnonzero(count) if not fault[b]]
-  jobs = {}
+  rows = [b for b in np.flatnonzero(count) if not fault[b]]
 
-  def by_head(x, b):
-    """[T N ...] -> [K, valid T * G, ...]."""
-    x = x[b, : count[b]].reshape(count[b], kv, n // kv, *x.shape[3:])
-    return x.swapaxes(0, 1).reshape(kv, -1, *x.shape[3:])
-
-  def prepare(b):
-    row, begin = row_of(int(handles[b])), time.perf_counter()
+  def one(b):
+    begin, m = time.perf_counter(), int(count[b])
+    row = row_of(int(handles[b]))
     with row.lock:
       row.wait()
-      stats[b, -3] = 1e6 * (time.perf_counter() - begin)
+      joins = time.perf_counter()
       row.join(search.until(row.used), pool())
-    ask, seen = by_head(q, b) * h**-0.5, by_head(device, b)
-    for head in range(kv):
-      jobs[b, head] = pool().submit(
-        row.attend, head, ask[head], seen[head], search
-      )
+    attends = time.perf_counter()
+    # [T N H+1] -> [K, T * G, H+1]; padding is at the end.
+    ask = asked[b, :m].reshape(m, kv, n // kv, h + 1).swapaxes(0, 1)
+    ask = ask.reshape(kv, -1, h + 1)
+    q = ask[..., :h] * np.float32(h**-0.5)
+    part = row.attend(q, ask[..., h], search, pool())
 
-  def collect(b, head, job):
-    part, valid = job.result(), count[b]
-    heads = slice(head * (n // kv), (head + 1) * (n // kv))
-    out[b, :valid, heads] = part.out.reshape(valid, -1, h)
-    lse[b, :valid, heads] = part.lse.reshape(valid, -1)
-    rest[b, :valid, heads] = part.rest.reshape(valid, -1)
-    stats[b, : len(COUNTERS)] += part.counts
-    stats[b, -1] += 1e6 * part.search_s
+    def by_token(x):
+      return x.reshape(kv, m, n // kv, -1).swapaxes(0, 1).reshape(m, n, -1)
 
-  for b in asked:
-    fault[b] = guarded(prepare, b)
-  for (b, head), job in jobs.items():
-    fault[b] = max(fault[b], guarded(collect, b, head, job))
+    found[b, :m, :, :h] = by_token(part.out)
+    found[b, :m, :, h:] = by_token(np.stack([part.lse, part.rest], axis=-1))
+    stats[b, : len(COUNTERS)] = part.counts
+    stats[b, -4] = 1e6 * (joins - begin)
+    stats[b, -2] = -1e6 * (part.native_s + attends - begin)
+    stats[b, -1] = 1e6 * part.search_s
+
+  if len(rows) > 1:
+    jobs = [rows_pool().submit(guarded, one, b) for b in rows]
+    fault[rows] = [job.result() for job in jobs]
+  elif rows:
+    fault[rows] = guarded(one, rows[0])
   lost = fault > 0
-  out[lost], lse[lost] = 0.0, -np.inf
-  if asked:
-    stats[asked, -2] = 1e6 * (time.perf_counter() - start) / len(asked)
-  return handles, fault, out, lse, rest, stats
+  found[lost, ..., :h], found[lost, ..., h:] = 0.0, -np.inf
+  if rows:
+    spent = 1e6 * (time.perf_counter() - start)
+    stats[rows, -3] = spent / len(rows)
+    stats[rows, -2] = np.maximum(stats[rows, -2] + spent, 0) / len(rows)
+  return np.stack([handles, fault], axis=1), packed
 
 
 def index(handles, used, near, *, numbers, search, folder, host):
@@ -255,7 +280,8 @@ def index(handles, used, near, *, numbers, search, folder, host):
       if until - search.first <= search.top:
         until = search.first  # all are attended: nothing to search
       keys = (until - search.first) * heads
-      need = keys * numbers.bytes_per_key(row.k.shape[2])
+      group = 1 + int(near.held_of.max())
+      need = keys * numbers.bytes_per_key(row.k.shape[2], group)
       take(host, need)
       row.reserved = need
       row.build(numbers, search.first, until, each, builders(), folder)

@@ -25,16 +25,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lcx.cache.host_step import (
+  Calibration,
+  Part,
+  Step,
+  lse_of,
+  merged,
+  weights,
+)
 from lcx.select import vector_index as vi
 
 _GROW = 1024  # tokens by which a row grows at least
 _SAMPLE = 256  # keys whose scores tell what a search left out
 _JOIN = 512  # fresh tokens that join an index together
 _BLOCK = 16384  # keys of an exact scan that are widened to float32 at a time
-_FAR = 1.25  # over the farthest held-out query's distance: a far one
-# Of query heads: keys scored beside the index, keys attended; queries that
-# were far, of which more effort or more keys were asked, or all keys.
-COUNTERS = ('scored', 'attended', 'far', 'more_effort', 'more_keys', 'exact')
+_VALUES = 1024  # values that a job multiplies, at least
+_CORES = os.cpu_count() or 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,65 +75,30 @@ class Near(NamedTuple):
 
   `lcx.select.vector_index.Queries`, in positions until `Row.build` turns them
   into numbers. `near`, `key_near` and `key_at` are None where no index of a
-  kind that uses them is built.
+  kind that uses them is built, `near_of` where no index has a graph a query
+  head.
 
   Attributes:
     near: int [Q c] nearest keys of sampled queries.
+    near_of: int [Q] query head of its group, of each of those queries.
     key_near: int [T d] nearest keys of each key.
     key_at: int [T] position of each key; -1: padding.
     held_out: float [h H] queries that are not in `near`.
     held_near: int [h c] their nearest keys.
+    held_of: int [h] as `near_of`.
     centre: float [H] mean of the sampled queries.
     spread: float [H] their standard deviation.
   """
 
   near: Any
+  near_of: Any
   key_near: Any
   key_at: Any
   held_out: Any
   held_near: Any
+  held_of: Any
   centre: Any
   spread: Any
-
-
-class Part(NamedTuple):
-  """Attention of M queries over the host's tokens of one kv head.
-
-  Attributes:
-    out: float32 [M H].
-    lse: float32 [M].
-    rest: float32 [M] log of the estimated exp sum of all other tokens.
-    counts: float [len(COUNTERS)].
-    search_s: seconds in the index.
-  """
-
-  out: np.ndarray
-  lse: np.ndarray
-  rest: np.ndarray
-  counts: np.ndarray
-  search_s: float
-
-
-class Calibration(NamedTuple):
-  """Which scaled queries are like those of the prompt, a kv head."""
-
-  centre: np.ndarray
-  spread: np.ndarray
-  limit: float
-
-  @classmethod
-  def of(cls, near: Near) -> 'Calibration':
-    scale = near.held_out.shape[1] ** -0.5
-    spread = np.maximum(near.spread * scale, 1e-6)
-    found = cls(near.centre * scale, spread, np.inf)
-    held = near.held_out[near.held_near[:, 0] >= 0] * scale
-    if not len(held):
-      return found
-    return found._replace(limit=_FAR * float(found.distance(held).max()))
-
-  def distance(self, q: np.ndarray) -> np.ndarray:
-    """Mean squared deviation of q [M H] in standard deviations."""
-    return np.mean(((q - self.centre) / self.spread) ** 2, axis=1)
 
 
 class Row:
@@ -151,12 +122,15 @@ class Row:
     self.calibrations: list[Calibration] = []
     self.lock = threading.Lock()
     self._sample = np.zeros((0,), np.int64)
+    self._slot = np.zeros((0,), np.int16)
     self._aside = np.zeros((n_kv_heads, 0, dim), np.float32)
+    self._wide, self._widened = self._aside, (0, 0)
     self._build: concurrent.futures.Future | None = None
 
   @property
   def nbytes(self) -> int:
-    own = self.k.nbytes + self.v.nbytes + self.at.nbytes + self._aside.nbytes
+    own = self.k.nbytes + self.v.nbytes + self.at.nbytes
+    own += self._aside.nbytes + self._slot.nbytes + self._wide.nbytes
     return own + self.reserved + sum(i.nbytes for i in self.indexes)
 
   def bytes_to_grow(self, tokens: int) -> int:
@@ -194,6 +168,9 @@ class Row:
         for index in self.indexes:
           index.remove(used)
         self.indexed = (self.indexed[0], max(self.indexed[0], used))
+        self._remember(self._sample[self._sample < used])
+      begin, end = self._widened
+      self._widened = begin, max(begin, min(end, used))
     self.used = used
 
   def clone(self) -> 'Row':
@@ -256,16 +233,21 @@ class Row:
       order = np.argsort(place < 0, axis=1, kind='stable')
       return np.take_along_axis(place, order, 1)
 
-    asked, key_near = near.near, near.key_near
+    asked, asked_of, key_near = near.near, near.near_of, near.key_near
     if asked is not None:
       asked = number(asked)
-      asked = asked[asked[:, 0] >= 0]
+      some = asked[:, 0] >= 0
+      asked = asked[some]
+      asked_of = asked_of if asked_of is None else asked_of[some]
     if key_near is not None and near.key_at is not None:
       order = np.argsort(near.key_at, kind='stable')
       place = np.searchsorted(near.key_at[order], at)
       key_near = number(key_near[order[place]])
     return near._replace(
-      near=asked, key_near=key_near, held_near=number(near.held_near)
+      near=asked,
+      near_of=asked_of,
+      key_near=key_near,
+      held_near=number(near.held_near),
     )
 
   def wait(self) -> None:
@@ -279,8 +261,15 @@ class Row:
       first, stop = self.indexed
       draw = np.random.default_rng(0)
       size = min(_SAMPLE, stop - first)
-      self._sample = draw.choice(stop - first, size, replace=False) + first
-      self._aside = self.k[:, self._sample].astype(np.float32)
+      self._remember(draw.choice(stop - first, size, replace=False) + first)
+
+  def _remember(self, sample: np.ndarray) -> None:
+    """The keys whose scores tell what a search left out."""
+    self._sample = sample
+    self._aside = self.k[:, sample].astype(np.float32)
+    # Place of a token in the sample; the last: of those that are not in it.
+    self._slot = np.full(self.indexed[1] + 1, len(sample), np.int16)
+    self._slot[sample] = np.arange(len(sample))
 
   def join(self, until: int, pool) -> None:
     """Fresh tokens join the indexes, a block at a time, heads side by side."""
@@ -299,35 +288,49 @@ class Row:
   # Attention.
 
   def attend(
-    self, head: int, q: np.ndarray, device: np.ndarray, search: Search
+    self, q: np.ndarray, device: np.ndarray, search: Search, pool
   ) -> Part:
-    """Attention over the host's tokens of one kv head.
+    """Attention over the host's tokens.
 
     Args:
-      head: which.
-      q: float32 [M H], scaled.
-      device: float32 [M] the normaliser of what the device attends.
+      q: float32 [K M H], scaled; query m is of head m % G of the group.
+      device: float32 [K M] the normaliser of what the device attends.
       search: how.
+      pool: threads that search; not the one that calls.
     """
+    kv, m, dim = q.shape
     first, until = search.first, search.until(self.used)
-    n, m = until - first, len(q)
-    whole = Part(
-      np.zeros(q.shape, np.float32),
-      np.full((m,), -np.inf, np.float32),
-      np.full((m,), -np.inf, np.float32),
-      np.zeros(len(COUNTERS)),
-      0.0,
+    step = Step(q.reshape(-1, dim), m, first, until, pool)
+    everyone = np.arange(kv * m)
+    if until > first:
+      if search.top >= until - first or not self.indexes:
+        self._exact(step, everyone, search.top)
+      else:
+        self._found(step, everyone, device.reshape(-1), search)
+    return Part(
+      step.out.reshape(q.shape),
+      step.lse.reshape(kv, m),
+      step.rest.reshape(kv, m),
+      step.counts,
+      step.search_s,
+      step.native_s,
     )
-    if n <= 0:
-      return whole
-    everyone = np.arange(m)
-    if search.top >= n or not self.indexes:
-      return self._exact(whole, everyone, head, q, first, until, search.top)
-    far = np.zeros(m, bool)
+
+  def _found(self, step: 'Step', everyone, device, search: Search) -> None:
+    """Attention over what the indexes find, widened where it is too little."""
+    q, m = step.q, step.m
+    grouped = q.reshape(-1, m, q.shape[1])
+    stop = self.indexed[1]
+    aside = np.matmul(grouped, self._aside.swapaxes(1, 2)).reshape(len(q), -1)
+    aside = np.where(self._sample < step.until, aside, -np.inf)  # not so cut
+    fresh = None
+    if step.until > stop:
+      fresh = np.matmul(grouped, self._fresh(step.until).swapaxes(1, 2))
+      fresh = fresh.reshape(len(q), -1)
+    far = np.zeros(len(q), bool)
     if self.calibrations:
-      near = self.calibrations[head]
-      far = near.distance(q) > near.limit
-      whole.counts[2] += far.sum()
+      far = Calibration.far(self.calibrations, grouped).reshape(-1)
+      step.counts[2] += far.sum()
     # (queries, keys, effort, times that a search missed)
     todo = [(everyone[~far], search.top, search.effort, 0)]
     todo += [(everyone[far], 2 * search.top, 2 * search.effort, 1)]
@@ -335,61 +338,105 @@ class Row:
       rows, k, effort, misses = todo.pop()
       if not len(rows):
         continue
-      if misses > 2 or k >= n:
-        whole = self._exact(whole, rows, head, q, first, until, n)
+      if misses > 2 or k >= step.until - step.first:
+        self._exact(step, rows, step.until - step.first)
         continue
-      start = time.perf_counter()
-      score, tokens = self._candidates(head, q[rows], k, effort, until)
-      spent = time.perf_counter() - start
-      whole = whole._replace(search_s=whole.search_s + spent)
-      whole.counts[0] += len(rows) * (len(self._sample) + until)
-      whole.counts[0] -= len(rows) * min(until, self.indexed[1])
-      out, lse = self._over(head, score, tokens)
-      rest, missed = self._left(head, q[rows], score, tokens, first, until)
+      score, tokens = self._candidates(step, rows, k, effort, fresh)
+      step.counts[0] += len(rows) * (len(self._sample) + step.until)
+      step.counts[0] -= len(rows) * min(step.until, stop)
+      weight, lse = weights(score)
+      rest, missed = self._left(aside[rows], score, tokens, step)
       held = np.logaddexp(lse, device[rows])
       share = 1 / (1 + np.exp(np.clip(rest - held, -80, 80)))
       poor = ~missed & (share < search.mass) & (k < search.most)
       good = ~missed & ~poor
-      done = rows[good]
-      whole.out[done], whole.lse[done] = out[good], lse[good]
-      whole.rest[done] = rest[good]
-      whole.counts[1] += (tokens[good] >= 0).sum()
-      whole.counts[3] += missed.sum()
-      whole.counts[4] += poor.sum()
-      more = 2 * k if misses else k
-      todo.append((rows[missed], more, 2 * effort, misses + 1))
-      more = min(4 * k, search.most)
-      todo.append((rows[poor], more, effort, misses))
-    return whole
+      step.counts[3] += missed.sum()
+      step.counts[4] += poor.sum()
+      if not good.all():
+        more = 2 * k if misses else k
+        todo.append((rows[missed], more, 2 * effort, misses + 1))
+        more = min(4 * k, search.most)
+        todo.append((rows[poor], more, effort, misses))
+        rows, tokens, weight = rows[good], tokens[good], weight[good]
+        lse, rest = lse[good], rest[good]
+      step.counts[1] += (tokens >= 0).sum()
+      step.lse[rows], step.rest[rows] = lse, rest
+      self._mix(step, rows, weight, tokens)
 
-  def _left(self, head, q, score, tokens, first, until):
+  def _fresh(self, until: int) -> np.ndarray:
+    """Keys [K F H] of the tokens behind the indexed ones, as float32.
+
+    Each is widened once, not at every step.
+    """
+    stop = self.indexed[1]
+    begin, end = self._widened
+    if begin != stop:
+      begin = end = stop
+      shape = self.k.shape[0], max(_JOIN, until - stop), self.k.shape[2]
+      self._wide = np.empty(shape, np.float32)
+    if until - stop > self._wide.shape[1]:
+      more = until - stop - self._wide.shape[1]
+      self._wide = np.pad(self._wide, ((0, 0), (0, more), (0, 0)))
+    if until > end:
+      self._wide[:, end - stop : until - stop] = self.k[:, end:until]
+      end = until
+    self._widened = begin, end
+    return self._wide[:, : until - stop]
+
+  def _left(self, aside, score, tokens, step: 'Step'):
     """(log of the estimated exp sum left out, whether a search missed a key).
 
     From a sample of the indexed keys, drawn once; those found do not count. A
     search failed where a key outside beats the middle one of those found: near
     the last one, a recall below 1 is no failure.
     """
-    here = self._sample < until  # not so after a cut
-    aside = np.where(here, q @ self._aside[head].T, -np.inf)
-    found = (self._sample[:, None] == tokens[:, None, :]).any(2)
-    left = np.where(found, -np.inf, aside)
-    rest = _lse(left) + np.log((until - first) / max(1, here.sum()))
+    width = aside.shape[1]
+    left = np.empty((len(aside), width + 1), np.float32)
+    left[:, :width] = aside
+    slot = self._slot[np.minimum(tokens, len(self._slot) - 1)]
+    left[np.arange(len(left))[:, None], slot] = -np.inf
+    left[:, width] = -np.inf  # where tokens beside the sample fell
+    here = max(1, (self._sample < step.until).sum())
+    rest = lse_of(left) + np.log((step.until - step.first) / here)
     middle = tokens.shape[1] // 2
-    middle = np.where(tokens[:, middle] >= 0, score[:, middle], -np.inf)
+    some, middle = tokens[:, middle] >= 0, score[:, middle]
+    middle = np.where(some, middle, 0)
     slack = 1e-3 * np.abs(middle)  # the index keeps 16-bit floats
-    missed = (left > (middle + slack)[:, None]).any(1)
+    missed = left.max(1) > np.where(some, middle + slack, -np.inf)
     return rest.astype(np.float32), missed
 
-  def _candidates(self, head, q, k, effort, until):
-    """(scores, tokens) [M k], best first, of index and fresh tokens."""
-    stop = self.indexed[1]
+  def _candidates(self, step: 'Step', rows, k, effort, fresh):
+    """(scores, tokens) [R k] of listed queries, of index and fresh tokens."""
+    stop, until = self.indexed[1], step.until
     recent = max(0, stop - until)  # indexed, but on the device since a cut
-    score, tokens = self.indexes[head].search(q, k + recent, effort)
-    score = np.where(tokens < until, score, -np.inf)
-    if until > stop:
-      fresh = q @ self.k[head, stop:until].T.astype(np.float32)
-      number = np.broadcast_to(np.arange(stop, until), fresh.shape)
-      score = np.concatenate([score, fresh], 1)
+    graphs = self.indexes[0].graphs
+    kind = rows // step.m * graphs + rows % step.m % graphs
+    order = np.argsort(kind, kind='stable')
+    cuts = np.flatnonzero(np.diff(kind[order])) + 1
+    parts = []
+    for part in np.split(order, cuts):
+      size = max(1, len(rows) // _CORES)  # about a job a core
+      parts += [part[i : i + size] for i in range(0, len(part), size)]
+    score = np.full((len(rows), k + recent), -np.inf, np.float32)
+    tokens = np.full(score.shape, -1, np.int64)
+
+    def search(part):
+      begin = time.perf_counter()
+      head, graph = divmod(int(kind[part[0]]), graphs)
+      some, found = self.indexes[head].search(
+        step.q[rows[part]], k + recent, effort, graph
+      )
+      score[part, : some.shape[1]] = some
+      tokens[part, : some.shape[1]] = found
+      return time.perf_counter() - begin
+
+    step.search_s += sum(step.side_by_side(search, parts))
+    if recent:
+      score = np.where(tokens < until, score, -np.inf)
+    if fresh is not None:
+      number = np.arange(stop, until)
+      number = np.broadcast_to(number, (len(rows), len(number)))
+      score = np.concatenate([score, fresh[rows]], 1)
       tokens = np.concatenate([tokens, number], 1)
     if until != stop:
       order = np.argsort(-score, axis=1)[:, :k]
@@ -397,65 +444,58 @@ class Row:
       tokens = np.take_along_axis(tokens, order, 1)
     return score, np.where(score > -np.inf, tokens, -1)
 
-  def _over(self, head, score, tokens):
-    """(out, lse) over listed tokens, by the index's scores of them."""
-    peak = np.max(score, axis=1, keepdims=True)
-    peak = np.where(peak > -np.inf, peak, 0.0)
-    weight = np.where(tokens >= 0, np.exp(score - peak), 0.0)
-    total = weight.sum(1)
-    value = self.v[head, np.maximum(tokens, 0)].astype(np.float32)
-    out = np.matmul(weight[:, None].astype(np.float32), value)[:, 0]
-    with np.errstate(divide='ignore'):
-      lse = np.log(total) + peak[:, 0]
-    out /= np.maximum(total, 1e-30)[:, None]
-    return out, lse.astype(np.float32)
+  def _mix(self, step: 'Step', rows, weight, tokens) -> None:
+    """Puts the values' means into `step.out`, several rows a job."""
+    size = self.v.shape[1]
+    values = self.v.reshape(-1, self.v.shape[2])
+    place = np.maximum(tokens, 0) + (rows // step.m * size)[:, None]
+    at_once = max(1, _VALUES // tokens.shape[1])
 
-  def _exact(self, whole, rows, head, q, first, until, top) -> Part:
-    """`whole` with attention of `rows` over all tokens, or the `top` best."""
-    q, n = q[rows], until - first
-    whole.counts[0] += len(rows) * n
-    whole.counts[1] += len(rows) * min(top, n)
-    whole.counts[5] += len(rows)
-    if top < n:
-      score = np.empty((len(rows), n), np.float32)
-      for at in range(first, until, _BLOCK):
-        stop = min(at + _BLOCK, until)
-        keys = self.k[head, at:stop].astype(np.float32)
-        score[:, at - first : stop - first] = q @ keys.T
-      best = np.argpartition(-score, top - 1, axis=1)
-      found = np.take_along_axis(score, best[:, :top], 1)
-      left = np.take_along_axis(score, best[:, top:], 1)
-      whole.rest[rows] = _lse(left)
-      out, lse = self._over(head, found, best[:, :top] + first)
-      whole.out[rows], whole.lse[rows] = out, lse
-      return whole
+    def mix(first):
+      some = slice(first, first + at_once)
+      value = values[place[some]].astype(np.float32)
+      step.out[rows[some]] = np.matmul(weight[some, None], value)[:, 0]
+
+    step.side_by_side(mix, range(0, len(rows), at_once))
+
+  def _exact(self, step: 'Step', rows, top: int) -> None:
+    """Attention of listed queries over all tokens, or the `top` best."""
+    n = step.until - step.first
+    step.counts[0] += len(rows) * n
+    step.counts[1] += len(rows) * min(top, n)
+    step.counts[5] += len(rows)
+    heads = np.unique(rows // step.m)
+    mine = [rows[rows // step.m == head] for head in heads]
+    scan = self._scan_best if top < n else self._scan
+    step.side_by_side(
+      lambda i: scan(step, int(heads[i]), mine[i], top), range(len(heads))
+    )
+
+  def _scan_best(self, step: 'Step', head: int, rows, top: int) -> None:
+    """The `top` best of all tokens of a head."""
+    q, first, until = step.q[rows], step.first, step.until
+    score = np.empty((len(rows), until - first), np.float32)
+    for at in range(first, until, _BLOCK):
+      stop = min(at + _BLOCK, until)
+      keys = self.k[head, at:stop].astype(np.float32)
+      score[:, at - first : stop - first] = q @ keys.T
+    best = np.argpartition(-score, top - 1, axis=1)
+    left = np.take_along_axis(score, best[:, top:], 1)
+    weight, lse = weights(np.take_along_axis(score, best[:, :top], 1))
+    value = self.v[head, best[:, :top] + first].astype(np.float32)
+    step.out[rows] = np.matmul(weight[:, None], value)[:, 0]
+    step.lse[rows], step.rest[rows] = lse, lse_of(left)
+
+  def _scan(self, step: 'Step', head: int, rows, top: int) -> None:
+    """All tokens of a head."""
+    del top
+    q, first, until = step.q[rows], step.first, step.until
     out = np.zeros(q.shape, np.float32)
     lse = np.full((len(rows),), -np.inf, np.float32)
     for at in range(first, until, _BLOCK):
       stop = min(at + _BLOCK, until)
       score = q @ self.k[head, at:stop].T.astype(np.float32)
-      peak = score.max(1, keepdims=True)
-      weight = np.exp(score - peak)
-      total = weight.sum(1)
+      weight, part_lse = weights(score)
       part = weight @ self.v[head, at:stop].astype(np.float32)
-      part /= total[:, None]
-      out, lse = merged(out, lse, part, np.log(total) + peak[:, 0])
-    whole.out[rows], whole.lse[rows], whole.rest[rows] = out, lse, -np.inf
-    return whole
-
-
-def merged(out, lse, more, more_lse):
-  """Attention over two disjoint sets from (out [M H], lse [M]) of each."""
-  both = np.logaddexp(lse, more_lse)
-  safe = np.where(both > -np.inf, both, 0.0)
-  mine, other = np.exp(lse - safe), np.exp(more_lse - safe)
-  out = mine[:, None] * out + other[:, None] * more
-  return out.astype(np.float32), both.astype(np.float32)
-
-
-def _lse(x: np.ndarray) -> np.ndarray:
-  """Logsumexp over the last axis; -inf of nothing."""
-  peak = np.max(x, axis=-1, keepdims=True, initial=-np.inf)
-  peak = np.where(peak > -np.inf, peak, 0.0)
-  with np.errstate(divide='ignore'):
-    return np.log(np.exp(x - peak).sum(-1)) + peak[..., 0]
+      out, lse = merged(out, lse, part, part_lse)
+    step.out[rows], step.lse[rows], step.rest[rows] = out, lse, -np.inf

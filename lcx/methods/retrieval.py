@@ -9,7 +9,8 @@ are merged by their normalisers (equations 4 and 5). The prompt is read densely.
 The index of the paper is a graph over keys that is projected from the prompt's
 own queries, since decode queries are far from keys and near those
 (`lcx.select.vector_index_graph`); here there is one a kv head, from the queries
-of all its query heads. `exact`, `flat`, `ivf` and `hnsw` are the baselines.
+of all its query heads, or, as in the paper, one a query head (`graphs`), with
+one store of keys. `exact`, `flat`, `ivf` and `hnsw` are the baselines.
 
 Beyond the paper: where a search may have failed, or has found too little of a
 query's softmax, it is widened (`lcx.cache.host_row`); new tokens join the index
@@ -17,6 +18,9 @@ in blocks; an index of a fixed context can be kept in a folder.
 
 The host needs to know what the device's tokens weigh to tell what is too
 little, so it is called after the device attended its few tokens, once a layer.
+A call stops the device's stream: to search while the device attends would take
+two calls a layer, and the second costs more than the device's part
+(experiments/results/retrieval_notes.md).
 """
 
 import dataclasses
@@ -54,6 +58,7 @@ class RetrievalDecode(Decode):
     queries: tokens of the prompt whose queries are sampled.
     neighbours: nearest keys of each of those, from which a graph is made.
     degree: links of a key in a graph.
+    graphs: one a 'kv_head', or one a 'query_head': as many times the links.
     folder: where indexes are kept, by their keys' fingerprint; '': nowhere.
   """
 
@@ -67,6 +72,7 @@ class RetrievalDecode(Decode):
   queries: int = 2048
   neighbours: int = 64
   degree: int = 32
+  graphs: str = 'kv_head'
   folder: str = ''
 
   needs = frozenset({'host_tokens', 'rotated'})
@@ -118,11 +124,14 @@ class RetrievalDecode(Decode):
   @property
   def numbers(self) -> vector_index.Numbers:
     """Of the index."""
-    return vector_index.Numbers(kind=self.index, degree=self.degree)
+    return vector_index.Numbers(
+      kind=self.index, degree=self.degree, graphs=self.graphs
+    )
 
-  def index_bytes(self, dim: int) -> int:
+  def index_bytes(self, config) -> int:
     """Of a key in the index."""
-    return self.numbers.bytes_per_key(dim)
+    group = config.n_heads // config.n_kv_heads
+    return self.numbers.bytes_per_key(config.head_dim, group)
 
   def search(self, page: int) -> Search:
     """How the host searches."""
@@ -174,8 +183,14 @@ class RetrievalDecode(Decode):
     spread = jnp.where(weight, asked - centre[:, :, None], 0) ** 2
     spread = jnp.sqrt(jnp.sum(spread, axis=2) / count)
     last = jnp.max(key_at, axis=1)[:, None, None]
-    near = key_near = every = None
+    near = near_of = key_near = every = None
+
+    def heads_of(chosen):
+      of = jnp.arange(chosen.shape[2], dtype=jnp.int32) % (n // kv)
+      return jnp.broadcast_to(of, chosen.shape[:3])
+
     if self.index == 'graph':
+      near_of = heads_of(asked)
       near = nearest(asked, asked_at, keys, key_at, self.neighbours)
       every = jnp.broadcast_to(key_at[:, None], (b, kv, t))
       key_near = nearest(
@@ -183,6 +198,7 @@ class RetrievalDecode(Decode):
       )
     return Near(
       near,
+      near_of,
       key_near,
       every,
       out.astype(jnp.float32),
@@ -193,6 +209,7 @@ class RetrievalDecode(Decode):
         key_at,
         min(self.top, self.neighbours),
       ),
+      heads_of(out),
       centre.astype(jnp.float32),
       spread.astype(jnp.float32),
     )

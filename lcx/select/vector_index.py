@@ -32,6 +32,8 @@ class Numbers:
     half: keys are kept as 16-bit floats in the index.
     projection: of `graph`: 'pivot', 'clique', or 'auto': what finds more of
       the nearest keys of held-out queries.
+    graphs: of `graph`: one a 'kv_head', made of what all its query heads'
+      queries found, or one a 'query_head', over the same stored keys.
     seed: of what is drawn.
   """
 
@@ -40,6 +42,7 @@ class Numbers:
   lists: int = 0
   half: bool = True
   projection: str = 'auto'
+  graphs: str = 'kv_head'
   seed: int = 0
 
   def __post_init__(self):
@@ -52,12 +55,27 @@ class Numbers:
         f"index projection={self.projection!r} must be 'auto', 'pivot' or "
         "'clique'"
       )
+    if self.graphs not in ('kv_head', 'query_head'):
+      raise ValueError(
+        f"index graphs={self.graphs!r} must be 'kv_head' or 'query_head'"
+      )
+    if self.graphs == 'query_head' and self.kind != 'graph':
+      raise ValueError(
+        f"index graphs='query_head' is of kind 'graph', not {self.kind!r}: "
+        "leave it 'kv_head'"
+      )
 
-  def bytes_per_key(self, dim: int) -> int:
-    """Bytes that an index takes for a key of `dim` elements, about."""
+  def bytes_per_key(self, dim: int, group: int) -> int:
+    """Bytes that an index takes for a key, about.
+
+    Args:
+      dim: elements of a key.
+      group: query heads of a kv head.
+    """
     if self.kind == 'exact':
       return 0  # the keys themselves
     links = 4 * self.degree + 12 if self.kind in ('hnsw', 'graph') else 0
+    links *= group if self.graphs == 'query_head' else 1
     half = self.kind == 'ivf' or (self.half and self.kind != 'hnsw')
     return dim * (2 if half else 4) + links + 8
 
@@ -68,30 +86,49 @@ class Queries(Protocol):
   Attributes:
     near: int [Q c] keys of largest product for each sampled query, best first;
       -1: none. `graph` needs it.
+    near_of: int [Q] query head of its group, of each of those queries.
     key_near: int [n d] the same for each key, or None.
     held_out: [h H] queries that are not in `near`.
     held_near: int [h c] their nearest keys.
+    held_of: int [h] as `near_of`.
   """
 
   @property
   def near(self) -> np.ndarray | None: ...
+  @property
+  def near_of(self) -> np.ndarray | None: ...
   @property
   def key_near(self) -> np.ndarray | None: ...
   @property
   def held_out(self) -> np.ndarray: ...
   @property
   def held_near(self) -> np.ndarray: ...
+  @property
+  def held_of(self) -> np.ndarray: ...
 
 
 class Index(Protocol):
-  """An index of one head's keys."""
+  """An index of one kv head's keys.
+
+  Attributes:
+    tokens: int64 [n] what its numbers mean.
+    graphs: 1, or as many as the kv head has query heads.
+  """
 
   tokens: np.ndarray
+  graphs: int
 
   def search(
-    self, q: np.ndarray, k: int, effort: int
+    self, q: np.ndarray, k: int, effort: int, graph: int = 0
   ) -> tuple[np.ndarray, np.ndarray]:
-    """(scores [n k], tokens int64 [n k], -1 where none), best first."""
+    """(scores [n k], tokens int64 [n k], -1 where none), best first.
+
+    Args:
+      q: float32 [n H].
+      k: how many are wanted; the index may hold fewer.
+      effort: efSearch of a graph, nprobe of IVF.
+      graph: which of the index's graphs is searched.
+    """
     ...
 
   def add(self, keys: np.ndarray, tokens: np.ndarray) -> None:
@@ -113,11 +150,13 @@ class Index(Protocol):
 class Exact:
   """All keys, scanned."""
 
+  graphs = 1
+
   def __init__(self, keys: np.ndarray, tokens: np.ndarray):
     self.keys, self.tokens = keys, tokens.astype(np.int64)
 
-  def search(self, q, k, effort):
-    del effort
+  def search(self, q, k, effort, graph=0):
+    del effort, graph
     score = q @ self.keys.T.astype(np.float32)
     score[:, self.tokens < 0] = -np.inf
     k = min(k, score.shape[1])
@@ -228,7 +267,7 @@ def from_bytes(data: bytes, numbers: Numbers, of: str) -> list[Index]:
   require(numbers.kind)
   from lcx.select import vector_index_faiss
 
-  return [vector_index_faiss.FaissIndex.load(h) for h in heads]
+  return [vector_index_faiss.load(h) for h in heads]
 
 
 def save(path: str, data: bytes) -> None:

@@ -28,23 +28,32 @@ class FaissIndex:
   """
 
   def __init__(self, index, tokens: np.ndarray):
-    self.index, self.tokens = index, tokens
+    self.index, self.tokens, self.graphs = index, tokens, 1
+    self._gone = int(np.sum(tokens < 0))
 
-  def search(self, q, k, effort):
-    """As `Index.search`; effort: efSearch of a graph, nprobe of IVF."""
-    gone = int(np.sum(self.tokens < 0))
-    more = min(k + gone, 2 * k, self.index.ntotal)
+  def search(self, q, k, effort, graph=0):
+    """As `Index.search`."""
+    index = self._searched(graph)
+    more = min(k + self._gone, 2 * k, index.ntotal)
     q = np.ascontiguousarray(q, np.float32)
-    score, found = self.index.search(q, more, params=self._params(effort, more))
-    tokens = np.where(found >= 0, self.tokens[np.maximum(found, 0)], -1)
-    if gone:
+    score, found = index.search(q, more, params=self._params(effort, more))
+    tokens = self.tokens[found]
+    if found[:, -1].min(initial=0) < 0:  # best first: those at the end
+      tokens = np.where(found >= 0, tokens, -1)
+    elif not self._gone:
+      return score, tokens
+    if self._gone:
       order = np.argsort(tokens < 0, axis=1, kind='stable')[:, :k]
       tokens = np.take_along_axis(tokens, order, 1)
       score = np.take_along_axis(score, order, 1)
     return np.where(tokens >= 0, score, -np.inf), tokens
 
+  def _searched(self, graph: int):
+    del graph
+    return self.index
+
   def _params(self, effort: int, k: int):
-    if isinstance(self.index, faiss.IndexHNSW):
+    if isinstance(self._searched(0), faiss.IndexHNSW):
       return faiss.SearchParametersHNSW(efSearch=max(effort, k))
     if isinstance(self.index, faiss.IndexIVF):
       return faiss.SearchParametersIVF(nprobe=effort)
@@ -57,6 +66,7 @@ class FaissIndex:
   def remove(self, since):
     # A graph cannot lose nodes: they stay as ways to others.
     self.tokens = np.where(self.tokens < since, self.tokens, -1)
+    self._gone = int(np.sum(self.tokens < 0))
 
   def dump(self):
     return {
@@ -77,6 +87,61 @@ class FaissIndex:
       index = index.storage
     code = getattr(index, 'code_size', 4 * index.d)
     return size + code * index.ntotal
+
+
+class GraphIndex(FaissIndex):
+  """Graphs of our own over one store of keys.
+
+  Attributes:
+    index: the store, flat.
+    hnsw: an HNSW index a graph, which all search that store.
+  """
+
+  def __init__(self, index, tokens: np.ndarray, hnsw: list):
+    super().__init__(index, tokens)
+    self.hnsw, self.graphs = hnsw, len(hnsw)
+
+  def _searched(self, graph):
+    return self.hnsw[graph]
+
+  def add(self, keys, tokens):
+    x = np.ascontiguousarray(keys, np.float32)
+    n = self.index.ntotal
+    for i, hnsw in enumerate(self.hnsw):
+      if i:  # each adds to the store, too: the same codes again
+        self.index.remove_ids(faiss.IDSelectorRange(n, n + len(x)))
+      hnsw.add(x)
+    self.tokens = np.concatenate([self.tokens, tokens])
+
+  def dump(self):
+    arrays = {'store': faiss.serialize_index(self.index), 'tokens': self.tokens}
+    for i, hnsw in enumerate(self.hnsw):
+      graph = hnsw.hnsw
+      arrays[f'links{i}'] = _links(hnsw).copy()
+      arrays[f'levels{i}'] = faiss.vector_to_array(graph.levels)
+      arrays[f'top{i}'] = np.array(
+        [graph.entry_point, graph.max_level, graph.nb_neighbors(0)]
+      )
+    return arrays
+
+  @classmethod
+  def load(cls, arrays):
+    store = faiss.deserialize_index(arrays['store'])
+    hnsw = []
+    while (top := arrays.get(f'top{len(hnsw)}')) is not None:
+      links, levels = (arrays[f'{x}{len(hnsw)}'] for x in ('links', 'levels'))
+      hnsw.append(_over(store, links, levels, *map(int, top)))
+    return cls(store, arrays['tokens'], hnsw)
+
+  @property
+  def nbytes(self):
+    links = sum(_links(h).nbytes + 12 * h.ntotal for h in self.hnsw)
+    return super().nbytes + links
+
+
+def load(arrays) -> FaissIndex:
+  """What `dump` wrote."""
+  return (GraphIndex if 'store' in arrays else FaissIndex).load(arrays)
 
 
 def build(numbers, keys, tokens, queries) -> FaissIndex:
@@ -110,7 +175,25 @@ def build(numbers, keys, tokens, queries) -> FaissIndex:
   return FaissIndex(index, tokens)
 
 
-def _graph(numbers, x, tokens, queries) -> FaissIndex:
+def _graph(numbers, x, tokens, queries) -> GraphIndex:
+  """A graph of the kv head, or one of each of its query heads."""
+  store = _storage(numbers, x)
+  if numbers.graphs == 'kv_head':
+    heads = [(queries.near, queries.held_out, queries.held_near)]
+  else:
+    heads = [
+      (
+        queries.near[queries.near_of == head],
+        queries.held_out[queries.held_of == head],
+        queries.held_near[queries.held_of == head],
+      )
+      for head in range(1 + int(queries.held_of.max()))
+    ]
+  hnsw = [_projected(numbers, store, *h, queries.key_near) for h in heads]
+  return GraphIndex(store, tokens, hnsw)
+
+
+def _projected(numbers, store, near, held_out, held_near, key_near):
   """The projection that fits the queries.
 
   Where the first neighbours of queries are few keys, cliques; where they are
@@ -119,28 +202,28 @@ def _graph(numbers, x, tokens, queries) -> FaissIndex:
   kinds = ('pivot', 'clique')
   if numbers.projection != 'auto':
     kinds = (numbers.projection,)
-  elif graphs.hubs(queries.near) < _FEW:
+  elif graphs.hubs(near) < _FEW:
     kinds = ('clique',)
-  best: tuple[float, FaissIndex | None] = (-1.0, None)
+  best, most = None, -1.0
   for kind in kinds:
     links, entry = graphs.graph(
-      queries.near,
-      queries.key_near,
-      len(x),
+      near,
+      key_near,
+      store.ntotal,
       degree=numbers.degree,
       projection=kind,
       seed=numbers.seed,
     )
-    index = FaissIndex(inject(x, links, entry, numbers.half), np.arange(len(x)))
+    hnsw = inject(store, links, entry)
     recall = 1.0
-    if len(kinds) > 1 and len(queries.held_out):
-      k = queries.held_near.shape[1]
-      _, found = index.search(queries.held_out, k, 2 * k)
-      recall = recall_of(found, queries.held_near)
-    if recall > best[0]:
-      best = (recall, index)
-  assert best[1] is not None
-  return FaissIndex(best[1].index, tokens)
+    if len(kinds) > 1 and len(held_out):
+      k = held_near.shape[1]
+      params = faiss.SearchParametersHNSW(efSearch=2 * k)
+      q = np.ascontiguousarray(held_out, np.float32)
+      recall = recall_of(hnsw.search(q, k, params=params)[1], held_near)
+    if recall > most:
+      best, most = hnsw, recall
+  return best
 
 
 def recall_of(found: np.ndarray, wanted: np.ndarray) -> float:
@@ -161,34 +244,35 @@ def _storage(numbers, x: np.ndarray):
   return index
 
 
-def inject(x: np.ndarray, links: np.ndarray, entry: int, half: bool):
-  """An HNSW index whose level 0 is our graph.
+def inject(store, links: np.ndarray, entry: int):
+  """An HNSW index over stored vectors, whose level 0 is our graph.
 
   Args:
-    x: float32 [n H].
+    store: a flat index of n vectors, which several graphs may share.
     links: int32 [n R], R even; -1 at the end of a row.
     entry: where searches start.
-    half: vectors are stored as 16-bit floats.
   """
-  n, degree = links.shape
-  metric = faiss.METRIC_INNER_PRODUCT
-  kind = faiss.ScalarQuantizer.QT_fp16
-  m = degree // 2  # level 0 holds 2 M links
-  if half:
-    index = faiss.IndexHNSWSQ(x.shape[1], kind, m, metric)
-  else:
-    index = faiss.IndexHNSWFlat(x.shape[1], m, metric)
-  index.storage.add(x)
-  index.is_trained = True
-  index.ntotal = n
-  faiss.copy_array_to_vector(np.ones(n, np.int32), index.hnsw.levels)
-  index.hnsw.prepare_level_tab(n, True)  # True: levels are given
-  flat = index.hnsw.neighbors
-  view = faiss.rev_swig_ptr(flat.data(), flat.size()).reshape(n, degree)
-  view[:] = links
-  index.hnsw.entry_point = entry
-  index.hnsw.max_level = 0
+  levels = np.ones(len(links), np.int32)
+  return _over(store, links, levels, entry, 0, links.shape[1])
+
+
+def _over(store, links, levels, entry: int, top: int, degree: int):
+  """An HNSW index of given links [all slots] and levels [n]."""
+  index = faiss.IndexHNSW(store, degree // 2)  # level 0 holds 2 M links
+  index.own_fields = False
+  index.referenced_objects = [store]
+  index.is_trained, index.ntotal = True, store.ntotal
+  faiss.copy_array_to_vector(np.ascontiguousarray(levels), index.hnsw.levels)
+  index.hnsw.prepare_level_tab(store.ntotal, True)  # True: levels are given
+  _links(index)[:] = links.reshape(-1)
+  index.hnsw.entry_point, index.hnsw.max_level = entry, top
   return index
+
+
+def _links(index) -> np.ndarray:
+  """All levels' links, flat; what is written there is the index's."""
+  flat = index.hnsw.neighbors
+  return faiss.rev_swig_ptr(flat.data(), flat.size())
 
 
 def scanned(reset: bool = False) -> int:

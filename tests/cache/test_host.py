@@ -164,8 +164,10 @@ def near(batch):
     None,
     None,
     None,
+    None,
     np.zeros((*shape, 2, DIM), np.float32),
     np.zeros((*shape, 2, 3), np.int32),
+    np.zeros((*shape, 2), np.int32),
     np.zeros((*shape, DIM), np.float32),
     np.full((*shape, DIM), 10.0, np.float32),
   )
@@ -240,7 +242,8 @@ def test_a_row_that_fails_is_said_and_the_others_answer(monkeypatch):
 )
 def test_merged_parts_equal_the_whole(parts, seed):
   """Disjoint sets of keys, any of them empty, as device and host merge them."""
-  from lcx.cache.host_row import Row, merged
+  from lcx.cache.host_row import Row
+  from lcx.cache.host_step import merged
 
   draw = np.random.default_rng(seed)
   total = sum(parts)
@@ -253,10 +256,10 @@ def test_merged_parts_equal_the_whole(parts, seed):
     row = Row(1, DIM, np.float32)
     row.write(0, k[first : first + n], v[first : first + n], np.arange(n))
     rule = Search(top=100, effort=1, first=0, recent=0, page=1)
-    part = row.attend(0, q, np.zeros(5, 'f'), rule)
-    out, lse = merged(out, lse, part.out, part.lse)
+    part = row.attend(q[None], np.zeros((1, 5), 'f'), rule, host_calls.pool())
+    out, lse = merged(out, lse, part.out[0], part.lse[0])
     more = Partial(
-      jnp.asarray(part.out[:, None]), jnp.asarray(part.lse)[:, None]
+      jnp.asarray(part.out[0][:, None]), jnp.asarray(part.lse[0])[:, None]
     )
     device = merge(device, more)
     first += n

@@ -6,7 +6,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from lcx.cache.host_row import COUNTERS, Near, Row, Search
+from lcx.cache.host_row import Near, Row, Search
+from lcx.cache.host_step import COUNTERS
 from lcx.select import vector_index as vi
 
 DIM, N, FIRST = 16, 1500, 64
@@ -34,21 +35,23 @@ def sampled(keys):
   np.fill_diagonal(score, -np.inf)
   return Near(
     exact(q[40:], keys, 32),
+    np.arange(360) % 2,
     np.argsort(-score, axis=1)[:, :12],
     np.arange(len(keys)),
     q[:40],
     exact(q[:40], keys, 40),
+    np.arange(40) % 2,
     q.mean(0),
     q.std(0),
   )
 
 
-def make(kind=KIND, folder='', n=N):
+def make(kind=KIND, folder='', n=N, graphs='kv_head'):
   """A row whose tokens up to its recent ones are indexed."""
   _, k, v = drawn(n)
   row = Row(1, DIM, np.float32)
   row.write(0, k, v, np.arange(n, dtype=np.int32))
-  numbers = vi.Numbers(kind=kind, degree=24)
+  numbers = vi.Numbers(kind=kind, degree=24, graphs=graphs)
   stop = SEARCH.until(n)
   row.build(numbers, FIRST, stop, [sampled(k[:, 0])], POOL, str(folder))
   return row
@@ -61,10 +64,25 @@ def built():
   return row
 
 
+@pytest.fixture(
+  scope='module',
+  params=['kv_head', 'query_head'] if vi.has_faiss() else ['kv_head'],
+)
+def one_or_two(request, built):
+  """A row with a graph of both query heads, and with one of each."""
+  if request.param == 'kv_head':
+    return built
+  row = make(graphs='query_head')
+  row.wait()
+  assert row.indexes[0].graphs == 2 and row.nbytes > built.nbytes
+  return row
+
+
 def ask(row, q, device=-100.0, **rule):
   rule = Search(**(vars(SEARCH) | rule))
-  device = np.full((len(q),), device, np.float32)
-  part = row.attend(0, q * DIM**-0.5, device, rule)
+  device = np.full((1, len(q)), device, np.float32)
+  part = row.attend(q[None] * DIM**-0.5, device, rule, POOL)
+  part = part._replace(out=part.out[0], lse=part.lse[0], rest=part.rest[0])
   return part, dict(zip(COUNTERS, part.counts, strict=True))
 
 
@@ -76,7 +94,8 @@ def attended(row, q, tokens):
   return out / weight.sum(1)[:, None], np.log(weight.sum(1))
 
 
-def test_a_search_attends_the_best_tokens(built):
+def test_a_search_attends_the_best_tokens(one_or_two):
+  built = one_or_two
   q, _, _ = drawn(8, seed=2)
   part, counts = ask(built, q, effort=300)
   stop = SEARCH.until(N)
@@ -88,6 +107,40 @@ def test_a_search_attends_the_best_tokens(built):
   _, whole = attended(built, q, np.tile(np.arange(FIRST, stop), (8, 1)))
   left = whole + np.log1p(-np.exp(lse - whole))
   assert np.abs(part.rest - left).max() < 0.6  # from 256 of 1400 keys
+
+
+@pytest.mark.parametrize('top', [N, SEARCH.until(N) - FIRST - 1])
+def test_all_keys_are_dense(one_or_two, top):
+  """By a scan, and by a search of the graph for all but one."""
+  q, _, _ = drawn(8, seed=2)
+  part, counts = ask(one_or_two, q, top=top, effort=N)
+  stop = SEARCH.until(N)
+  tokens = np.tile(np.arange(FIRST, stop), (8, 1))
+  out, lse = attended(one_or_two, q, tokens)
+  np.testing.assert_allclose(part.lse, lse, rtol=1e-3, atol=3e-3)
+  np.testing.assert_allclose(part.out, out, rtol=1e-2, atol=1e-2)
+  assert counts['exact'] == (8 if top == N else 0)
+
+
+class Marked:
+  """An index of two graphs; a query's first element says whose it is."""
+
+  graphs, nbytes = 2, 0
+
+  def search(self, q, k, effort, graph):
+    np.testing.assert_allclose(q[:, 0], graph, atol=1e-6)
+    tokens = np.tile(FIRST + np.arange(k), (len(q), 1))
+    return np.zeros(tokens.shape, np.float32), tokens
+
+
+def test_every_query_is_asked_of_its_own_heads_graph():
+  row = make('exact')
+  row.wait()
+  row.calibrations, row.indexes = [], [Marked()]
+  q = np.zeros((7 * 2, DIM), np.float32)
+  q[:, 0] = np.tile([0, 1], 7) * DIM**0.5  # [T G] -> [T * G]
+  part, counts = ask(row, q)
+  assert counts['attended'] >= 14 * 40 and np.all(np.isfinite(part.lse))
 
 
 def test_too_small_a_share_takes_more_keys(built):
@@ -118,9 +171,10 @@ class Stuck:
 
   def __init__(self, row):
     self.row, self.asked = row, []
-    self.nbytes = 0
+    self.nbytes, self.graphs = 0, 1
 
-  def search(self, q, k, effort):
+  def search(self, q, k, effort, graph):
+    del graph
     self.asked.append((k, effort))
     stop = self.row.indexed[1]
     score = q @ self.row.k[0, FIRST:stop].T
@@ -134,8 +188,8 @@ def test_a_search_that_fails_goes_on_to_all_keys():
   stuck = row.indexes[0] = Stuck(row)
   q, _, _ = drawn(4, seed=4)
   part, counts = ask(row, q)
-  assert [a for a, _ in stuck.asked] == [40, 40, 80]
-  assert [e for _, e in stuck.asked] == [80, 160, 320]
+  asked = list(dict.fromkeys(stuck.asked))  # queries go in several jobs
+  assert asked == [(40, 80), (40, 160), (80, 320)]
   assert counts['exact'] == 4 and counts['more_effort'] == 12
   stop = SEARCH.until(N)
   out, lse = attended(row, q, np.tile(np.arange(FIRST, stop), (4, 1)))

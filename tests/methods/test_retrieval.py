@@ -12,7 +12,8 @@ import pytest
 from lcx import methods, sharding
 from lcx.cache import host_calls
 from lcx.engine import Engine
-from lcx.methods.base import Prompt
+from lcx.methods.base import Axes, Context, Prompt
+from lcx.methods.retrieval import RetrievalDecode
 from lcx.models import transformer
 from lcx.models.presets import PRESETS
 from lcx.select import vector_index
@@ -180,6 +181,45 @@ def test_an_index_finds_the_keys_that_queries_want():
   assert found > 0.95 * wanted
 
 
+def test_sampled_queries_say_whose_they_are():
+  """`near_of` of each: the nearest keys are those of that head's query."""
+  draw = np.random.default_rng(0)
+  t, n, kv, h = 40, 6, 2, 8
+  q, k = (draw.normal(size=(1, t, x, h)).astype('f') for x in (n, kv))
+  at = np.arange(t, dtype=np.int32)[None]
+  decode = RetrievalDecode(index='graph', queries=t, neighbours=4, top=4)
+  ctx = Context(
+    positions=at,
+    valid=at >= 0,
+    source=at,
+    lengths=np.array([t], np.int32),
+    layer=np.int32(0),
+    key=jax.random.key(0),
+    room=t,
+    axes=Axes(),
+  )
+  near = jax.jit(lambda q, k: decode.observe(q, k, k, lambda x, _: x, (), ctx))(
+    q, k
+  )
+  score = np.einsum('tkgh,skh->kgts', q.reshape(t, kv, n // kv, h), k[0])
+  best = np.argsort(-score, axis=3)[..., :4]
+  asked = 0
+  for head, row in np.ndindex(near.held_of.shape[1:]):
+    if near.held_near[0, head, row, 0] >= 0:
+      mine = best[head, near.held_of[0, head, row]]
+      assert (mine == near.held_near[0, head, row]).all(1).any()
+      asked += 1
+  for head, row in np.ndindex(near.near_of.shape[1:]):
+    found = near.near[0, head, row]
+    if found[3] < 0:
+      continue  # of the first tokens
+    mine = score[head, near.near_of[0, head, row]]
+    causal = np.where(np.tri(t, dtype=bool), mine, -np.inf)
+    assert (np.argsort(-causal, axis=1)[:, :4] == found).all(1).any()
+    asked += 1
+  assert asked > kv * n // kv * (t - 8)
+
+
 def test_a_row_whose_search_raises_ends_alone(monkeypatch):
   engine = make_engine(host_method())
   prompts = [prompt(2), prompt(3, context=190)]
@@ -236,6 +276,8 @@ def test_what_cannot_be_served_is_refused_before_prefill(monkeypatch):
     host_method(**{'cache.sink': 4})
   with pytest.raises(ValueError, match='must be one of'):
     make_engine(host_method(index='tree'))
+  with pytest.raises(ValueError, match="'query_head' is of kind 'graph'"):
+    make_engine(host_method(index='ivf', graphs='query_head'))
   window = dataclasses.replace(CONFIG, sliding_window=128)
   with pytest.raises(ValueError, match='sliding window of 128'):
     host_method().decode.check(window, CAPACITY)

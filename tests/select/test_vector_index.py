@@ -1,5 +1,7 @@
 """Indexes of keys: what they find, lose, save, and refuse."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,14 @@ from lcx.select import vector_index_graph as vg
 from lcx.select import vector_index_nearest as vn
 
 N, DIM, C = 1500, 16, 20
-FOUND = {'exact': 1.0, 'flat': 0.99, 'ivf': 0.8, 'hnsw': 0.8, 'graph': 0.9}
+FOUND = {
+  'exact': 1.0,
+  'flat': 0.99,
+  'ivf': 0.8,
+  'hnsw': 0.8,
+  'graph': 0.9,
+  'graph/query_head': 0.9,
+}
 needs_faiss = pytest.mark.skipif(
   not vi.has_faiss(), reason="needs faiss: pip install 'lcx[index]'"
 )
@@ -41,11 +50,13 @@ class Queries:
     np.fill_diagonal(score, -np.inf)
     self.key_near = np.argsort(-score, axis=1)[:, :12]
     self.held_out, self.held_near = q[50:100], exact(q[50:100], x)
+    self.near_of, self.held_of = np.arange(500) % 2, np.arange(50) % 2
 
 
 def make(kind, first=7):
   x, q = vectors()
-  numbers = vi.Numbers(kind=kind, lists=20)
+  kind, _, graphs = kind.partition('/')
+  numbers = vi.Numbers(kind=kind, lists=20, graphs=graphs or 'kv_head')
   return vi.build(numbers, x, first, Queries(x, q)), x, q[:50], numbers
 
 
@@ -94,7 +105,73 @@ def test_a_saved_index_is_the_same(kind):
   with pytest.raises(ValueError, match='another context'):
     vi.from_bytes(data, numbers, vi.fingerprint(x + 1))
   with pytest.raises(ValueError, match='built otherwise'):
-    vi.from_bytes(data, vi.Numbers(kind=kind, seed=1), of)
+    vi.from_bytes(data, dataclasses.replace(numbers, seed=1), of)
+
+
+@needs_faiss
+def test_a_graph_a_query_head_is_made_of_its_own_queries():
+  """Two heads whose queries point opposite ways, over one store of keys.
+
+  By one graph, made of both heads' queries, the same is found at equal effort;
+  links are half as many then, keys alike.
+  """
+  x, q = vectors()
+  q[1::2] *= -1
+  both = make_of(x, q, 'query_head')
+  one = make_of(x, q, 'kv_head')
+  assert (both.graphs, one.graphs) == (2, 1)
+  links = N * (4 * 32 + 12)
+  assert both.nbytes == one.nbytes + links
+  # Of the keys, and of the tokens' numbers, there is one copy.
+  assert one.nbytes == links + N * (2 * DIM + 8)
+  for index, graphs in ((both, 'query_head'), (one, 'kv_head')):
+    numbers = vi.Numbers(graphs=graphs)
+    assert index.nbytes == N * numbers.bytes_per_key(DIM, 2)
+    for head in (0, 1):
+      mine = q[head:50:2]
+      _, found = index.search(mine, C, 64, head % index.graphs)
+      assert recall(found, exact(mine, x)) > 0.9
+
+
+@needs_faiss
+def test_graphs_that_share_keys_grow_together():
+  index, x, q, _ = make('graph/query_head')
+  draw = np.random.default_rng(3)
+  more = x[draw.permutation(N)[:300]] + 0.1
+  index.add(more, 7 + N + np.arange(300))
+  assert index.index.ntotal == N + 300
+  want = exact(q, np.concatenate([x, more]))
+  for graph in (0, 1):
+    assert index.hnsw[graph].ntotal == N + 300
+    score, found = index.search(q, C, 300, graph)
+    assert recall(found, want) > 0.85
+    there = np.take_along_axis(q @ np.concatenate([x, more]).T, found - 7, 1)
+    np.testing.assert_allclose(score, there, rtol=2e-2, atol=2e-2)
+  (again,) = vi.from_bytes(
+    vi.to_bytes([index], vi.Numbers(), ''), vi.Numbers(), ''
+  )
+  for graph in (0, 1):  # upper levels that came with new keys, too
+    np.testing.assert_array_equal(
+      again.search(q, C, 50, graph)[1], index.search(q, C, 50, graph)[1]
+    )
+
+
+def make_of(x, q, graphs):
+  numbers = vi.Numbers(graphs=graphs)
+  return vi.build(numbers, x, 7, Queries(x, q))
+
+
+def test_numbers_that_make_no_index_are_refused():
+  with pytest.raises(ValueError, match="graphs='head' must be 'kv_head' or"):
+    vi.Numbers(graphs='head')
+  with pytest.raises(ValueError, match="'query_head' is of kind 'graph', not"):
+    vi.Numbers(kind='ivf', graphs='query_head')
+  with pytest.raises(ValueError, match='must be one of'):
+    vi.Numbers(kind='tree')
+  with pytest.raises(ValueError, match='degree=5 must be even'):
+    vi.Numbers(degree=5)
+  with pytest.raises(ValueError, match="projection='star' must be"):
+    vi.Numbers(projection='star')
 
 
 def test_without_faiss_a_line_names_the_extra(monkeypatch):

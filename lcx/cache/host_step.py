@@ -1,0 +1,120 @@
+"""One call of a row's attention: what is asked, done side by side, and found.
+
+Plain numpy. All kv heads go together: a call of numpy for each would be most of
+a step's time, and Python runs in one thread at a time.
+"""
+
+import time
+from typing import Any, NamedTuple
+
+import numpy as np
+
+_FAR = 1.25  # over the farthest held-out query's distance: a far one
+# Of query heads: keys scored beside the index, keys attended; queries that
+# were far, of which more effort or more keys were asked, or all keys.
+COUNTERS = ('scored', 'attended', 'far', 'more_effort', 'more_keys', 'exact')
+
+
+class Part(NamedTuple):
+  """Attention of M queries a kv head over the host's tokens.
+
+  Attributes:
+    out: float32 [K M H].
+    lse: float32 [K M].
+    rest: float32 [K M] log of the estimated exp sum of all other tokens.
+    counts: float [len(COUNTERS)].
+    search_s: seconds in the index, of all threads together.
+    native_s: seconds of the calling thread that it waited for searches and for
+      products with values; the rest of its time is Python's.
+  """
+
+  out: np.ndarray
+  lse: np.ndarray
+  rest: np.ndarray
+  counts: np.ndarray
+  search_s: float
+  native_s: float
+
+
+class Calibration(NamedTuple):
+  """Which scaled queries are like those of the prompt, a kv head."""
+
+  centre: np.ndarray
+  spread: np.ndarray
+  limit: float
+
+  @classmethod
+  def of(cls, near: Any) -> 'Calibration':
+    """From what the prompt's queries say, a `Near` of one kv head."""
+    scale = near.held_out.shape[1] ** -0.5
+    spread = np.maximum(near.spread * scale, 1e-6)
+    found = cls(near.centre * scale, spread, np.inf)
+    held = near.held_out[near.held_near[:, 0] >= 0] * scale
+    if not len(held):
+      return found
+    return found._replace(limit=_FAR * float(found.distance(held).max()))
+
+  def distance(self, q: np.ndarray) -> np.ndarray:
+    """Mean squared deviation of q [... H] in standard deviations."""
+    return np.mean(((q - self.centre) / self.spread) ** 2, axis=-1)
+
+  @staticmethod
+  def far(heads: 'list[Calibration]', q: np.ndarray) -> np.ndarray:
+    """Bool [K M]: which of q [K M H] are unlike those of their kv head."""
+    centre = np.stack([h.centre for h in heads])[:, None]
+    spread = np.stack([h.spread for h in heads])[:, None]
+    limit = np.array([h.limit for h in heads])[:, None]
+    return Calibration(centre, spread, np.inf).distance(q) > limit
+
+
+class Step:
+  """What one call of `Row.attend` asks, and its results so far.
+
+  Queries are flat, [K M H] as [K * M, H]: number i is of kv head i // M.
+  """
+
+  def __init__(self, q: np.ndarray, m: int, first: int, until: int, pool):
+    self.q, self.m, self.first, self.until = q, m, first, until
+    self.out = np.zeros(q.shape, np.float32)
+    self.lse = np.full((len(q),), -np.inf, np.float32)
+    self.rest = self.lse.copy()
+    self.counts = np.zeros(len(COUNTERS))
+    self.search_s = self.native_s = 0.0
+    self._pool = pool
+
+  def side_by_side(self, work, each) -> list:
+    """`work` of each, in the pool's threads; raises what one of them raises."""
+    begin = time.perf_counter()
+    jobs = [self._pool.submit(work, x) for x in each]
+    done = [job.result() for job in jobs]
+    self.native_s += time.perf_counter() - begin
+    return done
+
+
+def weights(score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """(softmax [M c], logsumexp [M]) of scores; zeros and -inf of nothing."""
+  peak = np.max(score, axis=1, keepdims=True)
+  peak = np.where(peak > -np.inf, peak, np.float32(0))
+  weight = np.exp(score - peak)
+  total = weight.sum(1)
+  with np.errstate(divide='ignore'):
+    lse = np.log(total) + peak[:, 0]
+  weight /= np.maximum(total, np.float32(1e-30))[:, None]
+  return weight, lse
+
+
+def merged(out, lse, more, more_lse):
+  """Attention over two disjoint sets from (out [M H], lse [M]) of each."""
+  both = np.logaddexp(lse, more_lse)
+  safe = np.where(both > -np.inf, both, 0.0)
+  mine, other = np.exp(lse - safe), np.exp(more_lse - safe)
+  out = mine[:, None] * out + other[:, None] * more
+  return out.astype(np.float32), both.astype(np.float32)
+
+
+def lse_of(x: np.ndarray) -> np.ndarray:
+  """Logsumexp over the last axis; -inf of nothing."""
+  peak = np.max(x, axis=-1, keepdims=True, initial=-np.inf)
+  peak = np.where(peak > -np.inf, peak, 0.0)
+  with np.errstate(divide='ignore'):
+    return np.log(np.exp(x - peak).sum(-1)) + peak[..., 0]
