@@ -5,6 +5,7 @@ python -m experiments.run --config=configs/retrieval_recall.py \
 
 Arguments: `layers=N` (every N-th layer), `smoke`. A row is a kv head of a layer
 under one kind of index; queries of the tokens after the indexed ones ask.
+`graph/query_head` is one graph a query head: as many times the links.
 """
 
 from configs import common
@@ -16,9 +17,10 @@ def get_config(arg=''):
   config.model = '.cache/models/SmolLM2-135M-Instruct.Q4_1.gguf'
   config.length = 8192
   config.ops = ('recall',)
-  config.kinds = ('graph', 'hnsw', 'ivf')
+  config.kinds = ('graph', 'graph/query_head', 'hnsw', 'ivf')
   config.efforts = {
     'graph': (100, 200, 400, 800, 1600),
+    'graph/query_head': (100, 200, 400, 800, 1600),
     'hnsw': (100, 200, 400, 800, 1600),
     'ivf': (4, 8, 16, 32, 64, 128),
   }

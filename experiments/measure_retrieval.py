@@ -26,6 +26,14 @@ from experiments import environment, models
 from experiments.errors import Failure
 from experiments.results import Results, Row, key_of, write_json
 
+_MORE_KINDS = ('graph/query_head', 'device')
+
+
+def kind_and_graphs(kind: str) -> tuple[str, str]:
+  """What `lcx.select.vector_index.Numbers` calls a kind of a config."""
+  kind, _, graphs = kind.partition('/')
+  return kind, graphs or 'kv_head'
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -35,7 +43,8 @@ class Config:
     model: of `recall`: a folder, a GGUF file or preset:NAME; of the others,
       preset:NAME, whose heads and layers count.
     length: tokens that the index may hold.
-    kinds: of `lcx.select.vector_index`; 'device' is dense on the device.
+    kinds: of `lcx.select.vector_index`; 'device' is dense on the device;
+      'graph/query_head' is 'graph' with one a query head.
     ops: which of recall, build and decode.
     title: of the run.
     text: a file that is read by `recall`; '': Python's own documentation.
@@ -76,10 +85,10 @@ class Config:
     from lcx.select import vector_index
 
     for kind in self.kinds:
-      if kind not in (*vector_index.KINDS, 'device'):
+      if kind not in (*vector_index.KINDS, *_MORE_KINDS):
         raise ValueError(
           f'config.kinds: {kind!r} is not one of '
-          f'{", ".join(vector_index.KINDS)}, device'
+          f'{", ".join((*vector_index.KINDS, *_MORE_KINDS))}'
         )
     for name in ('length', 'top', 'asked', 'repeats'):
       if getattr(self, name) < 1:
@@ -163,7 +172,7 @@ def _faiss_version() -> dict[str, str]:
 
 
 def _line(row: Row) -> str:
-  head = f'{row["op"]:<7}{row["kind"]:<7}'
+  head = f'{row["op"]:<7}{row["kind"]:<17}'
   if row['op'] == 'recall':
     curve = ' '.join(
       f'{r:.3f}@{100 * s:.1f}%'
@@ -177,7 +186,7 @@ def _line(row: Row) -> str:
     )
   return (
     f'{head} {row["ms"]:9.3f} ms a token of {row["layers"]} layers, in the '
-    f'host {row["host_ms"]:.3f} ms'
+    f'host {row["host_ms"]:.3f} ms, of it {row["python_ms"]:.3f} in Python'
   )
 
 
@@ -190,7 +199,7 @@ def _summary(rows) -> list[str]:
     got = [s for s in mine if s is not None]
     mean = f'{100 * statistics.mean(got):.2f}%' if got else 'none'
     lines.append(
-      f'{kind:<7} recall 0.95 at {mean} scanned, {len(got)} of {len(mine)} '
+      f'{kind:<17} recall 0.95 at {mean} scanned, {len(got)} of {len(mine)} '
       'heads reach it'
     )
   return lines
@@ -217,7 +226,7 @@ def recall(config: Config):
 
   kinds = [k for k in config.kinds if k != 'device']
   for kind in kinds:
-    vector_index.require(kind)
+    vector_index.require(kind_and_graphs(kind)[0])
   gathered = _gathered(config)
   for layer, (near, keys, asked) in gathered:
     for head in range(len(keys)):
@@ -319,7 +328,8 @@ def _curve(config: Config, kind: str, near, keys, asked) -> Row:
   from lcx.select import vector_index
 
   n = len(keys)
-  numbers = vector_index.Numbers(kind=kind, degree=config.degree)
+  name, graphs = kind_and_graphs(kind)
+  numbers = vector_index.Numbers(kind=name, degree=config.degree, graphs=graphs)
   holder = HostRow(1, keys.shape[1], np.float32)
   first = 128  # RetrievalDecode's sink
   holder.at = np.arange(first + n, dtype=np.int32)
@@ -346,6 +356,7 @@ def _curve(config: Config, kind: str, near, keys, asked) -> Row:
     'mass_of_top': float(best.mean()),
     'hubs': _hubs(numbered.near),
     'build_s': build_s,
+    'index_bytes': index.nbytes,
   }
 
 
@@ -363,6 +374,21 @@ def best_of(q, keys, top: int) -> np.ndarray:
   return np.take_along_axis(best, order, 1)
 
 
+def found_by(index, q, top: int, effort: int):
+  """(scores, tokens) of queries, query heads side by side as `observe` has it.
+
+  Each is asked of its own head's graph, where there are several.
+  """
+  parts = [
+    index.search(q[graph :: index.graphs], top, effort, graph)
+    for graph in range(index.graphs)
+  ]
+  return tuple(
+    np.stack(each, axis=1).reshape(len(q), -1)
+    for each in zip(*parts, strict=True)
+  )
+
+
 def _searched(index, kind: str, q, top: int, effort: int, n: int):
   """(scores, tokens, share of keys whose product was computed)."""
   if kind in ('exact', 'flat'):
@@ -370,7 +396,7 @@ def _searched(index, kind: str, q, top: int, effort: int, n: int):
   from lcx.select import vector_index_faiss
 
   vector_index_faiss.scanned(reset=True)
-  score, tokens = index.search(q, top, effort)
+  score, tokens = found_by(index, q, top, effort)
   count = vector_index_faiss.scanned()
   if kind == 'ivf':  # centroids are products, too
     count += len(q) * index.index.nlist

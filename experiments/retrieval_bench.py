@@ -12,7 +12,12 @@ import time
 import numpy as np
 
 from experiments import models
-from experiments.measure_retrieval import Config, best_of
+from experiments.measure_retrieval import (
+  Config,
+  best_of,
+  found_by,
+  kind_and_graphs,
+)
 from experiments.results import Row
 
 _CHUNK = 4096  # tokens that an append brings
@@ -83,9 +88,11 @@ def _decode_part(config: Config, kind: str):
   from lcx.methods.retrieval import RetrievalDecode
 
   efforts = config.efforts.get(kind, (0,))
+  name, graphs = kind_and_graphs(kind)
   return RetrievalDecode(
     top=config.top,
-    index=kind,
+    index=name,
+    graphs=graphs,
     effort=efforts[min(2, len(efforts) - 1)],
     mass=0.0,
     queries=config.queries,
@@ -267,6 +274,7 @@ def _timed(config: Config, part, caches, states, drawn) -> Row:
     'ms': statistics.median(times[2:]),
     'repeats_ms': times[2:],
     'host_ms': middle.get('host_us', 0.0) / 1e3,
+    'python_ms': middle.get('python_us', 0.0) / 1e3,
     'search_ms_all_threads': middle.get('search_us', 0.0) / 1e3,
     'counters': middle,
   }
@@ -283,7 +291,7 @@ def _decoded(config: Config, kind: str) -> Row:
   for head, index in enumerate(row.indexes):
     ask = q[:, head * group : (head + 1) * group].reshape(-1, q.shape[2])
     want = best_of(ask, row.k[head, first:stop].astype(np.float32), config.top)
-    _, got = index.search(ask, config.top, part.search(64).effort)
+    _, got = found_by(index, ask, config.top, part.search(64).effort)
     hits.append((want[:, :, None] + first == got[:, None, :]).any(2).mean())
   device = sum(sum(c.nbytes().values()) for c in caches)
   host = sum(sum(c.nbytes('host').values()) for c in caches)

@@ -145,6 +145,8 @@ def _clique(near, n, degree, draw):
   flat = near.reshape(-1)
   places = np.argsort(flat, kind='stable')
   places = places[np.searchsorted(flat[places], 0) :]  # -1: none
+  if not len(places):  # all queries want keys that the device keeps
+    return np.full((n, degree), -1, np.int64)
   count = np.bincount(flat[places], minlength=n)
   begin = np.cumsum(count) - count
   draws = (draw.random((n, 2 * degree)) * count[:, None]).astype(np.int64)

@@ -205,6 +205,17 @@ def test_every_key_can_be_reached(projection, by_key):
   assert len(seen) > 390
 
 
+@needs_faiss
+def test_queries_that_want_no_indexed_key_leave_a_graph_by_keys():
+  x, q = vectors(400, 160)
+  queries = Queries(x, q)
+  queries.near = queries.near[:0]
+  queries.near_of = queries.near_of[:0]
+  index = vi.build(vi.Numbers(), x, 0, queries)
+  _, found = index.search(x[:20], 5, 64)
+  assert recall(found, exact(x[:20], x, 5), 0) > 0.8
+
+
 def test_nearest_keys_are_exact_and_causal(monkeypatch):
   monkeypatch.setattr(vn, '_BLOCK', 16)
   monkeypatch.setattr(vn, '_TILE', 4)
