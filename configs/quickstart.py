@@ -35,6 +35,7 @@ def get_config(arg=''):
   config.seed = 0
   config.haystack = ''
   config.mesh = (1, 1, 1)
+  config.new_keys = 'last'
   config.transfer_guard = 'allow'
   if arg.smoke:
     config.model = 'preset:tiny'

@@ -14,6 +14,7 @@ from experiments import comparison, environment
 from experiments.models import Source
 from experiments.prompts import Template
 from experiments.results import Row
+from lcx.engine.placement import NewKeys
 from lcx.engine.readings import Readings
 
 DEGENERATE = 0.5  # density above which a sparse method is not sparse
@@ -67,6 +68,7 @@ class Setting:
   transfer_guard: str
   shared_gib: float = 0.0
   mesh: tuple[int, int, int] = (1, 1, 1)
+  new_keys: NewKeys = 'last'
 
 
 def answer(
@@ -193,6 +195,7 @@ def make_engine(
     model.weights,
     method,
     mesh=mesh,
+    new_keys=setting.new_keys,
     capacity=capacity_for(length, setting.capacity),
     batch=setting.batch,
     readings=readings,

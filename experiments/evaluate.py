@@ -33,6 +33,7 @@ from experiments import (
 from experiments.answers import Place, Variant
 from experiments.results import Results, Row, key_of, write_json
 from lcx import sharding
+from lcx.engine.placement import NewKeys, Placement
 
 Protocol = Literal['whole', 'context_first']
 
@@ -62,6 +63,8 @@ class Config:
     haystack: a text file to hide things in; '': Python's own documentation.
     mesh: devices along data, seq and model; all there are, with several
       processes.
+    new_keys: where the sequence is sharded, which shards new tokens live on:
+      'last', or 'round_robin', a page each by turns.
     shared_gib: memory for layer inputs of dense prefills, which methods that
       differ in decode alone then share; their prefill times are those of the
       shared prefill plus their own work. 0: each method reads by itself.
@@ -84,6 +87,7 @@ class Config:
   haystack: str = ''
   shared_gib: float = 0.0
   mesh: tuple[int, int, int] = (1, 1, 1)
+  new_keys: NewKeys = 'last'
   transfer_guard: Literal['allow', 'log', 'disallow'] = 'allow'
 
   def __post_init__(self):
@@ -234,6 +238,7 @@ def _places(
     'capacity': config.capacity,
     'haystack': _digest(config),
     **({'mesh': config.mesh} if config.mesh != (1, 1, 1) else {}),
+    **({'new_keys': config.new_keys} if config.new_keys != 'last' else {}),
   }
   places = []
   for source, protocol, (label, task), length, sample in itertools.product(
@@ -299,6 +304,7 @@ def _check(config: Config, missing: Sequence[Place]) -> None:
         try:
           for part in (method.prefill, method.decode):
             part.check(numbers, capacity)
+          Placement(method, config.mesh[1], capacity, 0, config.new_keys)
           if isinstance(method.cache, Host):
             method.cache.check(numbers, capacity, config.batch, method.decode)
         except ValueError as error:
@@ -330,6 +336,7 @@ def _answers(
     transfer_guard=config.transfer_guard,
     shared_gib=config.shared_gib,
     mesh=config.mesh,
+    new_keys=config.new_keys,
   )
 
   def say(text: str) -> None:

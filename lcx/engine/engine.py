@@ -15,8 +15,8 @@ from lcx.cache import CacheShape, Host, HostCache, Shards
 from lcx.cache.base import ROWS
 from lcx.cache.host_calls import host_fault
 from lcx.engine import steps
-from lcx.engine.buckets import bucket
 from lcx.engine.meter import Meter
+from lcx.engine.placement import NewKeys, Placement
 from lcx.engine.readings import Reading, Readings
 from lcx.engine.sampling import Sampling, make_sampling
 from lcx.methods.base import Layout, Method, Prompt, Tail
@@ -92,8 +92,8 @@ class Engine:
     capacity: tokens that a row may reach, answer included.
     batch: rows.
     mesh: with axes ("data", "seq", "model"); None: one device.
-    room: of `capacity`, tokens that come after the prompt (they live on the
-      last sequence shard).
+    room: of `capacity`, tokens that come after the prompt.
+    new_keys: which sequence shards these live on: 'last', or all by turns.
     trace: sums keys attended; off, results say 0.
     readings: dense prefills shared with other engines of the same weights.
 
@@ -112,6 +112,7 @@ class Engine:
     batch: int = 1,
     mesh: jax.sharding.Mesh | None = None,
     room: int = 256,
+    new_keys: NewKeys = 'last',
     trace: bool = True,
     readings: Readings | None = None,
   ):
@@ -126,7 +127,10 @@ class Engine:
       method.cache.check(config, capacity, batch, method.decode)
     method.prefill.pieces(mesh.shape['seq'])  # refuses what does not divide
     self.config, self.method, self.mesh = config, method, mesh
-    self.batch, self.capacity, self.room = batch, capacity, room
+    self.batch, self.capacity = batch, capacity
+    self.placement = Placement(
+      method, mesh.shape['seq'], capacity, room, new_keys
+    )
     self.plan = steps.Plan(config, method, mesh, trace)
     specs = weight_specs(config, mesh)
     self.weights = sharding.place(weights, sharding.named(mesh, specs))
@@ -171,15 +175,11 @@ class Engine:
   def _empty(self) -> tuple[tuple, tuple]:
     """Caches and states of all layers, made where they live."""
     mesh = self.mesh.shape
-    capacity = self.capacity
-    if mesh['seq'] > 1:  # new tokens all live on the last shard
-      prompt = -(-(capacity - self.room) // mesh['seq'])
-      capacity = mesh['seq'] * (prompt + self.room)
     shape = CacheShape(
       batch=self.batch,
       n_kv_heads=self.config.n_kv_heads,
       head_dim=self.config.head_dim,
-      capacity=capacity,
+      capacity=self.placement.cache_capacity(),
       dtype=self.config.dtype,
       shards=Shards(mesh['data'], mesh['seq'], mesh['model']),
     )
@@ -224,14 +224,14 @@ class Engine:
         'raise the capacity or shorten the context'
       )
     shards, part = self.mesh.shape['seq'], self.method.prefill
-    room = bucket(longest, 128 * part.pieces(shards))
+    room = self.placement.padded(longest)
     rows = [part.layout(p, question, room, shards) for p in prompts]
     tokens, positions, source, valid = (
       np.stack([getattr(r, f) for r in rows]) for f in Layout._fields
     )
     read = np.max(source, axis=1) + 1
     last = np.argmax(source == read[:, None] - 1, axis=1).astype(np.int32)
-    tail = jax.tree.map(self._rows, self._tail(source, last, read))
+    tail = jax.tree.map(self._rows, self.placement.tail(source, last, read))
     lengths = self._rows(read.astype(np.int32))
     positions = self._rows(positions, 'seq')
     source = self._rows(source, 'seq')
@@ -318,14 +318,6 @@ class Engine:
       ms = 1e3 * (time.perf_counter() - start - self.compile_s + compiled)
       shared.put(key, found, tuple(inputs), ms)
     return found
-
-  def _tail(self, source, last, read) -> Tail:
-    """The seq shard of each row's last token, and where its page ends."""
-    part = source.shape[1] // self.mesh.shape['seq']
-    shard = last // part
-    own = (source >= 0) & (np.arange(source.shape[1]) // part == shard[:, None])
-    free = -np.sum(own, axis=1) % self.method.cache.page
-    return Tail(shard.astype(np.int32), (read + free).astype(np.int32))
 
   def extend(self, session: Session, tokens: list[np.ndarray]) -> None:
     """Feeds more tokens a row through the decode path, in pieces.

@@ -92,15 +92,19 @@ class Tail(NamedTuple):
   """Where a row's next tokens go, on a mesh that shards the sequence.
 
   They fill the page that the prompt's last token lies in, so that pages are the
-  same as on one device; what comes after it goes to the last shard.
+  same as on one device; what comes after it goes to the last shard, or to all
+  in turn.
 
   Attributes:
     shard: int32 [B] the seq shard that holds that page.
     until: int32 [B] position after the page's last slot.
+    turn: int32 [B] tokens of a page, which the shards after `shard` take by
+      turns; None: the last shard takes all.
   """
 
   shard: Int32[Array, 'B']
   until: Int32[Array, 'B']
+  turn: Int32[Array, 'B'] | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -2,14 +2,14 @@
 
 Prompt tokens live where the prefill's layout put them. New tokens of decode
 fill the prompt's last page, then live on the last sequence shard (as in APB and
-Star Attention).
+Star Attention), or on all shards by turns, a page each.
 """
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from kernels_pallas.partial import Partial, merge_over
 from lcx.methods.base import Axes, Context
@@ -32,20 +32,31 @@ def store(cache, k, rotated, v, ctx: Context):
 def append(cache, k, rotated, v, ctx: Context):
   """Appends decoded tokens, each on the one sequence shard it belongs to."""
   keys = rotated if cache.rotated else k
-  size = jax.lax.axis_size(ctx.axes.seq)
-  if size == 1:
+  if jax.lax.axis_size(ctx.axes.seq) == 1:
     return cache.append(keys, v, ctx.positions, ctx.count)
-  assert ctx.tail is not None, 'decode knows where new tokens go'
-  me = jax.lax.axis_index(ctx.axes.seq)
-  fill = jnp.clip(ctx.tail.until - ctx.positions[:, 0], 0, ctx.count)
-  spill = jnp.where(me == size - 1, ctx.count - fill, 0)
-  filling = ctx.tail.shard == me
-  first = jnp.where(filling, 0, fill)
-  count = jnp.where(filling, fill, 0) + spill
+  # A shard's tokens of one call follow one another (`Engine` sees to it).
+  here = belong_here(ctx)
+  first = jnp.argmax(here, axis=1)
+  count = jnp.sum(here, axis=1, dtype=jnp.int32)
   own = jax.vmap(lambda x, n: jnp.roll(x, -n, axis=0))
   return cache.append(
     own(keys, first), own(v, first), own(ctx.positions, first), count
   )
+
+
+def belong_here(ctx: Context) -> Bool[Array, 'B T']:
+  """Which new tokens live on this sequence shard."""
+  size = jax.lax.axis_size(ctx.axes.seq)
+  if size == 1:
+    return ctx.valid
+  tail = ctx.tail
+  assert tail is not None, 'decode knows where new tokens go'
+  until, holder = tail.until[:, None], jnp.int32(size - 1)
+  if tail.turn is not None:
+    turn = (ctx.positions - until) // tail.turn[:, None]
+    holder = (tail.shard[:, None] + 1 + turn) % size
+  holder = jnp.where(ctx.positions < until, tail.shard[:, None], holder)
+  return ctx.valid & (holder == jax.lax.axis_index(ctx.axes.seq))
 
 
 def gather_sequence(

@@ -278,7 +278,7 @@ class TokenSelectDecode(ReuseRules, Decode):
     copies = state.copies
     if copies is not None:
       copies = copies.refreshed(cache, q.shape[1])
-    working, mine = state.working, working_set.on_this_shard(ctx)
+    working, mine = state.working, shards.belong_here(ctx)
     query = soft_vote.pool_queries(q, ctx.valid, self.pooling)
     due = self._due(query, working, ctx)
 

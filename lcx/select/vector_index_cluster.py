@@ -164,7 +164,7 @@ def search(
   b, kv, t, _, h = q.shape
   q = q.astype(jnp.float32) * h**-0.5
   capacity = index.order.shape[2]
-  probe, top = min(probe, capacity), min(top, capacity, probe)
+  probe = min(probe, capacity)
 
   near = jnp.einsum('bktgh,bkch->bktgc', q, index.centroids)
   size = index.size[:, :, None, None]
@@ -178,7 +178,7 @@ def search(
   exact = jnp.einsum('bktgh,bktch->bktgc', q, keys)
   exact = jnp.where(tokens[:, :, :, None] >= 0, exact, -jnp.inf)
   votes = vote(exact, axis)
-  score, place = lax.top_k(jnp.where(tokens >= 0, votes, -1.0), top)
+  score, place = lax.top_k(jnp.where(tokens >= 0, votes, -1.0), min(top, probe))
   keep = (score >= 0) & (score >= global_kth(score, top, axis))
   found = jnp.where(keep, jnp.take_along_axis(tokens, place, axis=3), -1)
 
@@ -206,12 +206,15 @@ def vote(logits: Float[Array, '*n G c'], axis: str) -> Float[Array, '*n c']:
 
 
 def global_kth(
-  best: Float[Array, '*n k'], k: int, axis: str
+  best: Float[Array, '*n c'], k: int, axis: str
 ) -> Float[Array, '*n 1']:
-  """The k-th best score over all shards, given each shard's k best."""
+  """The k-th best score over all shards, given each shard's k best.
+
+  Of shards that have fewer than k, all: the last of these.
+  """
   if lax.axis_size(axis) > 1:
     best = lax.all_gather(best, axis, axis=best.ndim - 1, tiled=True)
-    best, _ = lax.top_k(best, k)
+    best, _ = lax.top_k(best, min(k, best.shape[-1]))
   return best[..., -1:]
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from kernels_pallas.keys import NEVER, Pages
 from lcx.cache import CacheShape, DenseCache
 from lcx.cache.base import split
-from lcx.methods.base import Axes, Context
+from lcx.methods.base import Axes
 
 PAGE = 64  # of a working set, as kernels see it
 
@@ -186,14 +186,3 @@ def ranks(cache, starts, listed, held, seq: str) -> Int32[Array, 'B n']:
   everyone = jnp.sort(everyone, axis=1)
   rank = jax.vmap(jnp.searchsorted)(everyone, at)
   return rank.astype(jnp.int32)
-
-
-def on_this_shard(ctx: Context) -> Bool[Array, 'B T']:
-  """Which new tokens `shards.append` has put here."""
-  size = jax.lax.axis_size(ctx.axes.seq)
-  if size == 1 or ctx.tail is None:
-    return ctx.valid
-  me = jax.lax.axis_index(ctx.axes.seq)
-  fills = ctx.positions < ctx.tail.until[:, None]
-  here = jnp.where(fills, (ctx.tail.shard == me)[:, None], me == size - 1)
-  return ctx.valid & here
