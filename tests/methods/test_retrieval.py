@@ -231,7 +231,8 @@ def test_a_row_whose_search_raises_ends_alone(monkeypatch):
     raise RuntimeError('a search thread')
 
   broken.wait()
-  monkeypatch.setattr(broken, 'attend', search)
+  assert broken.indexes
+  monkeypatch.setattr(broken.indexes[1], 'search', search)
   tokens, status = engine.decode(session, 8)
   assert status == ['host_failed', 'ok'] and tokens[1] == want[1]
   assert 'a search thread' in host_calls.last_error
