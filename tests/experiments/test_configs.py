@@ -56,32 +56,56 @@ def test_argument_that_no_config_knows(path):
     load(path, 'nosuchthing')
 
 
-def command(path, workdir, *args):
+ENVIRONMENT = {
+  'XLA_FLAGS': '',
+  'PYTHONPATH': str(ROOT),
+  # A smoke compiles for longer than it runs.
+  'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+}
+
+
+def command(path, workdir):
+  """A smoke from the command line."""
   return subprocess.run(
     [sys.executable, '-m', 'experiments.run', f'--config={path}:smoke']
-    + [f'--workdir={workdir}', *args],
+    + [f'--workdir={workdir}'],
     cwd=ROOT,
-    env=os.environ
-    | {
-      'XLA_FLAGS': '',
-      'PYTHONPATH': str(ROOT),
-      # A smoke compiles for longer than it runs.
-      'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-    },
+    env=os.environ | ENVIRONMENT,
     capture_output=True,
     text=True,
     timeout=LIMIT,
   )
 
 
-def test_smoke(path, tmp_path):
-  done = command(path, tmp_path)
-  assert done.returncode == 0, done.stderr[-2000:]
+@pytest.fixture(scope='module')
+def forks():
+  """A process whose forks run smokes: imports take longer than some do."""
+  with subprocess.Popen(
+    [sys.executable, pathlib.Path(__file__).with_name('forks.py')],
+    cwd=ROOT,
+    env=os.environ | ENVIRONMENT,
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+  ) as process:
+    yield process
+
+
+def test_smoke(path, tmp_path, forks):
   if path.stem == 'quickstart':
-    check_resumed_by_the_real_engine(path, tmp_path)
+    check_command_line_and_resumed_by_the_real_engine(path, tmp_path)
+    return
+  log = tmp_path / 'log'
+  log.touch()
+  args = [f'--config={path}:smoke', f'--workdir={tmp_path / "run"}']
+  print(json.dumps([args, str(log), LIMIT]), file=forks.stdin, flush=True)
+  code = forks.stdout.readline()
+  assert code == '0\n', f'exit code {code}{log.read_text()[-2000:]}'
 
 
-def check_resumed_by_the_real_engine(quickstart, tmp_path):
+def check_command_line_and_resumed_by_the_real_engine(quickstart, tmp_path):
+  done = command(quickstart, tmp_path)
+  assert done.returncode == 0, done.stderr[-2000:]
   log = tmp_path / 'results.jsonl'
   lines = log.read_bytes().splitlines(keepends=True)
   assert len(lines) == 12
