@@ -231,7 +231,8 @@ def test_a_row_that_fails_is_said_and_the_others_answer(monkeypatch):
   cache, found = check_attention(cache, ROWS, [[1], [2], [3], [4]])
   np.testing.assert_array_equal(cache.fault, [Fault.FAILED, Fault.GONE, 0, 0])
   assert 'a thread that searches' in host_calls.last_error
-  assert found.stats[3, host_calls.STATS.index('attended')] > 0
+  said = dict(zip(host_calls.STATS, np.asarray(found.stats[3]), strict=True))
+  assert said['attended'] > 0 and 0 < said['python_us'] < said['host_us']
   assert host_calls.host_fault(Fault.FAILED) == 'host_failed'
   assert host_calls.host_fault(Status.OUT_OF_PAGES) == ''
 
