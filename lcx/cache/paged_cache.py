@@ -284,8 +284,12 @@ class PagedCache:
     n = 0 if self.stats is None else jax.tree.leaves(self.stats)[0].shape[1]
     if not self.config.has_ring:
       return jnp.arange(n, dtype=jnp.int32)
-    (heads,) = jnp.nonzero(~self.ring, size=n, fill_value=-1)
-    return heads.astype(jnp.int32)
+    # `nonzero` would be five kernels in every decode step.
+    head = jnp.arange(self.ring.shape[0], dtype=jnp.int32)
+    earlier = ~self.ring & (head < head[:, None])
+    nth = jnp.sum(earlier, axis=1, dtype=jnp.int32)
+    here = ~self.ring & (nth == jnp.arange(n)[:, None])
+    return jnp.sum(jnp.where(here, head + 1, 0), axis=1, dtype=jnp.int32) - 1
 
   def nbytes(self, tier: str = 'device') -> dict[str, int]:
     """Bytes by part, allocated whether used or not."""

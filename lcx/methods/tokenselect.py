@@ -47,7 +47,12 @@ from lcx.methods.dense import decode_trace, dense_pairs, dense_trace
 from lcx.select import chunk_grid, soft_vote, working_set
 from lcx.select.audit import sampled_mass
 from lcx.select.chunk_grid import ChunkGrid
-from lcx.select.chunk_votes import chunk_stats, chunk_votes
+from lcx.select.chunk_votes import (
+  chunk_stats,
+  chunk_votes,
+  fit_at_once,
+  votes_at_once,
+)
 from lcx.select.key_copies import KeyCopies
 from lcx.select.token_choice import choose_tokens
 from lcx.select.token_rules import ChunkRules, ReuseRules
@@ -118,17 +123,23 @@ class TokenSelectPrefill(ChunkRules, Prefill):
 
     # Section 5.2: a query a chunk. All of a layer's in one launch.
     asked = self._asked(q, grid, rope, ctx)
-    stats = chunk_stats(
-      asked, keys, values, low, high, n_best=min(self.k, keys.shape[2]), **how
-    )
+    best = {'n_best': min(self.k, keys.shape[2])}
+    stats = None
+    if not fit_at_once(asked, keys):
+      stats = chunk_stats(asked, keys, values, low, high, **best, **how)
     voters = self.asking(asked, keys.shape[1])
 
     def some(args):
       """Equation 7, top k, and attention, for as many chunks as fit."""
       q, positions, voters, stats, begin, low, high = args
-      votes = chunk_votes(
-        voters, stats, keys, high, model=ctx.axes.model, **how
-      )
+      if stats is None:
+        votes = votes_at_once(
+          voters, keys, low, high, model=ctx.axes.model, **best, **how
+        )
+      else:
+        votes = chunk_votes(
+          voters, stats, keys, high, model=ctx.axes.model, **how
+        )
       mask = soft_vote.candidates(low, high, keys.shape[2])
       votes = soft_vote.max_pool(votes, mask, self.pool)
       chosen, count = top_tokens(votes.reshape(-1, keys.shape[2]), self.k)

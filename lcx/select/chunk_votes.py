@@ -5,6 +5,11 @@ The number a head that votes need, the log-sum-exp, comes for all chunks from
 one launch of an attention kernel over each chunk's interval of candidates;
 votes then take a second look at the keys, tile by tile, with no more than
 TILE_SCORES logits in memory. Tiles behind a group's last candidate are skipped.
+
+A few chunks do not fill an accelerator with rows of queries: one of them took
+1.6 ms over 128K keys in that kernel, as long as dense attention of all its
+rows. Where the logits of all chunks fit into ONCE_SCORES, they are kept, keys
+are read once, and every step is spread over the keys.
 """
 
 import jax.numpy as jnp
@@ -16,6 +21,31 @@ from kernels_pallas.selected_token import token_scores
 from lcx.select import soft_vote
 
 TILE_SCORES = 2**24  # logits of a tile, all heads: 64 MB in float32
+ONCE_SCORES = 2**25
+
+
+def fit_at_once(q: Float[Array, 'B R N H'], k: Float[Array, 'B K S H']) -> bool:
+  """Whether the logits of all chunks may be kept (static)."""
+  return q[..., 0].size * k.shape[2] <= ONCE_SCORES
+
+
+def votes_at_once(
+  voters: soft_vote.Voters,
+  k: Float[Array, 'B K S H'],
+  low: Int32[Array, 'B R'],
+  high: Int32[Array, 'B R'],
+  *,
+  kind: soft_vote.Kind,
+  n_best: int,
+  scale: float,
+  model: str | None = None,
+) -> Float[Array, 'B R S']:
+  """`chunk_votes` without `chunk_stats` before it; arguments as there."""
+  scores = token_scores(voters.q, k, scale=scale)
+  mask = soft_vote.candidates(low, high, k.shape[2])
+  stats = soft_vote.head_stats(scores, mask, kind, n_best)
+  found = soft_vote.votes(scores, stats, kind, voters.weight)
+  return soft_vote.over_heads(found, model)
 
 
 def chunk_stats(

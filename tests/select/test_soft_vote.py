@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from kernels_pallas.selected_token import token_scores
 from lcx.select import chunk_grid, soft_vote
-from lcx.select.chunk_votes import chunk_stats, chunk_votes
+from lcx.select.chunk_votes import chunk_stats, chunk_votes, votes_at_once
 from lcx.select.pruned_scoring import lost_votes, pruned_tokens
 from lcx.select.top_tokens import top_tokens, with_ends
 
@@ -87,6 +87,10 @@ def test_votes_are_the_definition(kind, heads):
   tiled = chunk_votes(voters, stats, k, at[1], kind=kind, scale=0.7)
   np.testing.assert_allclose(
     tiled[0, 0, 5:57], votes[0, 5:57], rtol=1e-4, atol=1e-5
+  )
+  once = votes_at_once(voters, k, *at, **how)
+  np.testing.assert_allclose(
+    once[0, 0, 5:57], votes[0, 5:57], rtol=1e-4, atol=1e-5
   )
 
 
