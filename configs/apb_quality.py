@@ -6,9 +6,9 @@ RULER on a real model with 4 hosts on one device (virtual: the numbers are those
 of 4 devices). Arguments: `part=tasks` (all methods by task; default),
 `part=hosts` (2, 4 and 8 hosts, APB and Star), `part=ablation` (anchor, passing,
 compressor and question in the anchor, each off), `heads=FILE` (adds trained
-retaining heads), `samples=N`, `length=N`, `needle` (the bundled model, needles
-in 4K tokens: minutes on a CPU), `smoke`. `--config.model=PATH` takes any
-Hugging Face folder or GGUF file.
+retaining heads), `samples=N`, `length=N`, `short` (needles in 2K tokens alone:
+minutes on a CPU), `needle` (the same by the bundled model), `smoke`.
+`--config.model=PATH` takes any Hugging Face folder or GGUF file.
 """
 
 from configs import common
@@ -25,7 +25,13 @@ TASKS = (
 
 def get_config(arg=''):
   arg = common.parse_arg(
-    arg, part='tasks', heads='', samples=50, length=0, needle=False
+    arg,
+    part='tasks',
+    heads='',
+    samples=50,
+    length=0,
+    short=False,
+    needle=False,
   )
   config = common.base('evaluate', f"APB's quality: {arg.part}")
   config.model = '.cache/models/SmolLM2-135M-Instruct.Q4_1.gguf'
@@ -48,11 +54,13 @@ def get_config(arg=''):
   config.mesh = (1, 1, 1)
   config.new_keys = 'last'
   config.transfer_guard = 'allow'
+  if arg.short or arg.needle:
+    config.tasks = common.table({n: {'questions': 1} for n in TASKS[:2]})
+    config.lengths = (arg.length or 2048,)
+    config.max_new_tokens = 24
   if arg.needle:
     config.model = 'lcx/models/needle'
     config.dtype = 'float32'
-    config.tasks = common.table({n: {'questions': 1} for n in TASKS[:2]})
-    config.lengths = (arg.length or 4096,)
     config.max_new_tokens = 12
   if arg.smoke:
     config.model = 'preset:tiny'

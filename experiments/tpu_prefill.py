@@ -5,10 +5,11 @@
 No TPU is needed: libtpu compiles ahead of time on a CPU. For v5e and v5p slices
 of 16 and 64 chips, embedding, all layers (a scan over stacked weights) and the
 last token's logits are one program over the mesh (1, seq, model), feed-forward
-and projections split over "model". One row a slice in
-experiments/results/apb_tpu_aot.jsonl: memory of a chip by kind and its limit,
-whether it fits, the collectives' bytes of a layer, compile time. Where the
-compiler refuses, the row says why.
+and projections split over "model". On 16 chips of v5e it does not fit; variants
+have an int8 cache, and activations spread over "model" between layers, too. One
+row a slice and variant in experiments/results/apb_tpu_aot.jsonl: memory of a
+chip by kind and its limit, whether it fits, the collectives' bytes of a layer,
+compile time. Where the compiler refuses, the row says why.
 """
 
 import datetime
@@ -19,26 +20,47 @@ import pathlib
 import re
 import sys
 import time
+from typing import Any
 
 RESULTS = pathlib.Path(__file__).parent / 'results' / 'apb_tpu_aot.jsonl'
 TOKENS = 2**20
 GIB = 2**30
 # Topology, (seq, model), memory of a chip in GiB (cloud.google.com/tpu/docs).
+_V5E_16 = ('v5e:4x4', (4, 4), 16)
 SLICES = {
-  'v5e-16': ('v5e:4x4', (4, 4), 16),
+  'v5e-16': _V5E_16,
   'v5e-64': ('v5e:8x8', (16, 4), 16),
   'v5p-16': ('v5p:2x2x4', (8, 2), 95),
   'v5p-64': ('v5p:4x4x4', (32, 2), 95),
+  'v5e-16 int8 cache': _V5E_16,
+  'v5e-16 int8 cache, spread': _V5E_16,
+  'v5e-16 int8 cache, spread, 2 x 8': ('v5e:4x4', (8, 2), 16),
+}
+# What could make the program fit.
+VARIANTS: dict[str, dict[str, Any]] = {
+  name: {'cache': 'paged_int8', 'spread': 'spread' in name}
+  for name in SLICES
+  if 'int8 cache' in name
 }
 
 
-def lower(name: str, tokens: int = TOKENS, preset: str = 'llama3_1_8b', **apb):
+def lower(
+  name: str,
+  tokens: int = TOKENS,
+  preset: str = 'llama3_1_8b',
+  cache: str = 'dense',
+  spread: bool = False,
+  **apb,
+):
   """The program of one prefill step on a slice, traced for TPUs.
 
   Args:
     name: of SLICES.
     tokens: of the prompt, padding included.
     preset: the model.
+    cache: its name.
+    spread: a layer's output is split over "model", too, by tokens, until the
+      next one gathers it (Megatron's sequence parallelism).
     **apb: fields of the method, beside the hosts.
 
   Returns:
@@ -54,6 +76,7 @@ def lower(name: str, tokens: int = TOKENS, preset: str = 'llama3_1_8b', **apb):
   from lcx import methods, sharding
   from lcx.cache import CacheShape, Shards
   from lcx.engine import steps
+  from lcx.methods.apb import ApbPrefill
   from lcx.models import presets, transformer
 
   topology, (seq, model_size), _ = SLICES[name]
@@ -67,12 +90,14 @@ def lower(name: str, tokens: int = TOKENS, preset: str = 'llama3_1_8b', **apb):
   )
   model = presets.preset(preset).replace(max_position=tokens)
   method = methods.get_method(
-    'apb', **{'hosts': seq, 'shared_anchor': True} | apb
+    f'apb+{cache}+dense', **{'hosts': seq, 'shared_anchor': True} | apb
   )
-  method.prefill.check(model, tokens)
+  part = method.prefill
+  assert isinstance(part, ApbPrefill)
+  part.check(model, tokens)
   plan = steps.Plan(model, method, mesh, trace=False)
-  _, _, rows, _ = method.prefill.sizes(tokens)
-  total = tokens + method.prefill.hosts * rows
+  _, _, rows, _ = part.sizes(tokens)
+  total = tokens + part.hosts * rows
   capacity = seq * -(-tokens // seq // 128) * 128
   shape = CacheShape(
     batch=1,
@@ -107,6 +132,8 @@ def lower(name: str, tokens: int = TOKENS, preset: str = 'llama3_1_8b', **apb):
 
   def step(weights, layers, tokens, positions, source, valid, last):
     x = steps.embed_tokens(weights.embed, tokens, plan=plan)
+    if spread:
+      x = plan.place(x, 'data', ('seq', 'model'))
     lengths = jnp.max(source, axis=1) + 1
 
     def layer(x, inputs):
@@ -129,6 +156,8 @@ def lower(name: str, tokens: int = TOKENS, preset: str = 'llama3_1_8b', **apb):
         plan=plan,
         room=tokens_in_room,
       )
+      if spread:
+        x = plan.place(x, 'data', ('seq', 'model'))
       return x, cache
 
     index = jnp.arange(model.n_layers, dtype=jnp.int32)
@@ -166,6 +195,10 @@ def row(name: str, **changes) -> dict:
   try:
     lowered, method, model = lower(name, **changes)
     found |= {'model': model.n_layers, 'method': repr(method.prefill)}
+    found |= {
+      'cache': repr(method.cache),
+      'spread': changes.get('spread', False),
+    }
     found['lower_s'] = time.perf_counter() - begin
     program = lowered.compile()
     memory = program.memory_analysis()
@@ -174,7 +207,7 @@ def row(name: str, **changes) -> dict:
       for kind in ('argument', 'output', 'temp', 'generated_code')
     }
     total = sum(kinds.values())
-    moved = collective_bytes(program.as_text(), seq * model_size)
+    moved = collective_bytes(program.as_text() or '', seq * model_size)
     found |= {
       'memory_gib': kinds | {'total': total},
       'fits': total <= limit,
@@ -215,7 +248,7 @@ def main(argv: list[str]) -> int:
   old = RESULTS.read_text().splitlines() if RESULTS.exists() else []
   rows = {r['slice']: r for r in map(json.loads, old)}
   for name in names:
-    rows[name] = row(name)
+    rows[name] = row(name, **VARIANTS.get(name, {}))
     print(json.dumps(rows[name]), flush=True)
     RESULTS.write_text(''.join(json.dumps(r) + '\n' for r in rows.values()))
   return 0
