@@ -18,6 +18,11 @@ from lcx.methods.compose import legal
 from lcx.models import transformer
 from lcx.models.presets import PRESETS
 
+# One worker, and method by method (which scope='module' does): what is sharded
+# is compared with programs that the tests before it compiled.
+pytestmark = pytest.mark.xdist_group('mesh')
+every_method = pytest.mark.parametrize('name', methods.names(), scope='module')
+
 CONFIG = dataclasses.replace(PRESETS['tiny'], dtype='float32')
 CAPACITY = 384
 CONTEXT = 300
@@ -88,7 +93,7 @@ def dense_answer(prompts, **kwargs):
   )
 
 
-@pytest.mark.parametrize('name', methods.names())
+@every_method
 def test_full_budget_equals_dense(name):
   method = full(methods.get_method(name))
   prompts = [prompt(1), prompt(2, context=170)]
@@ -98,7 +103,7 @@ def test_full_budget_equals_dense(name):
   chex.assert_trees_all_close(scores, want, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize('name', methods.names())
+@every_method
 def test_padding_and_batch_order_do_not_matter(name):
   engine = tight(name)
   prompts = [prompt(2), prompt(3, context=190)]
@@ -116,7 +121,7 @@ def test_padding_and_batch_order_do_not_matter(name):
     )
 
 
-@pytest.mark.parametrize('name', methods.names())
+@every_method
 def test_what_was_rewound_leaves_no_trace(name):
   """Tokens after a mark, and their answers, are as if they had never been."""
   engine = tight(name)
@@ -138,7 +143,7 @@ def test_what_was_rewound_leaves_no_trace(name):
   )
 
 
-@pytest.mark.parametrize('name', methods.names())
+@every_method
 def test_no_value_from_the_future_reaches_an_output(name):
   """Of the prompt's outputs, none depends on a later token's value.
 
@@ -189,7 +194,7 @@ def test_no_value_from_the_future_reaches_an_output(name):
   assert not np.all(same[source >= changed])
 
 
-@pytest.mark.parametrize('name', methods.names())
+@every_method
 def test_decode_traces_once(name):
   engine = tight(name)
   session = engine.prefill([prompt(6)], 0)
@@ -201,8 +206,7 @@ def test_decode_traces_once(name):
   assert engine.compilations == compiled
 
 
-@pytest.mark.xdist_group('mesh')
-@pytest.mark.parametrize('name', methods.names())
+@every_method
 def test_sharded_equals_unsharded(name):
   prompts = [prompt(8), prompt(9, context=211)]
   tokens, scores = answer_scores(tight(name), prompts)
@@ -217,7 +221,6 @@ def test_sharded_equals_unsharded(name):
   chex.assert_trees_all_close(got_scores, scores, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.xdist_group('mesh')
 @pytest.mark.parametrize('decode', ['dense', 'snapkv'])
 def test_a_sliding_window_reaches_over_shards(decode):
   prompts = [prompt(8), prompt(9, context=211)]

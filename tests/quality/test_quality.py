@@ -1,5 +1,7 @@
 """No method falls below its record; `tests.quality.record` makes records."""
 
+import functools
+
 import pytest
 
 from tests.quality import measure, records
@@ -19,6 +21,11 @@ CASES = [
 ]
 
 
+@functools.cache
+def scores(label, name):
+  return measure.group(label).measure(name)
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(('label', 'name'), CASES)
 def test_no_method_falls_below_its_record(label, name):
@@ -27,7 +34,7 @@ def test_no_method_falls_below_its_record(label, name):
   if record is None and measure.GROUPS[label][2]:
     pytest.skip(f'no long record yet: {command} --long')
   assert record is not None, f'{name} has no record: {command}'
-  fall = records.worse(measure.group(label).measure(name), record)
+  fall = records.worse(scores(label, name), record)
   assert fall is None, f'{name}: {fall}; if it must be, {command}'
 
 
@@ -69,10 +76,10 @@ def test_sign_test():
   assert measure.lost_and_won('1100', '1010') == (1, 1)
 
 
+@pytest.mark.timeout(600)
+@pytest.mark.xdist_group('with')  # which measures it, too
 def test_a_method_that_sees_less_is_caught():
   """A budget cut to nothing falls below the record of the method."""
   record = records.read()['with']['tokenselect']
-  group = measure.group('with')
-  group.measure('dense')
-  broken = group.measure('streaming')  # stands in for a method gone blind
+  broken = scores('with', 'streaming')  # stands in for a method gone blind
   assert 'answers lost' in records.worse(broken, record)
