@@ -20,8 +20,14 @@ from lcx.models.presets import PRESETS
 
 # One worker, and method by method (which scope='module' does): what is sharded
 # is compared with programs that the tests before it compiled.
-pytestmark = pytest.mark.xdist_group('mesh')
-every_method = pytest.mark.parametrize('name', methods.names(), scope='module')
+every_method = pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=pytest.mark.xdist_group('mesh'))
+    for name in methods.names()
+  ],
+  scope='module',
+)
 
 CONFIG = dataclasses.replace(PRESETS['tiny'], dtype='float32')
 CAPACITY = 384
@@ -221,6 +227,7 @@ def test_sharded_equals_unsharded(name):
   chex.assert_trees_all_close(got_scores, scores, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.xdist_group('mesh')
 @pytest.mark.parametrize('decode', ['dense', 'snapkv'])
 def test_a_sliding_window_reaches_over_shards(decode):
   prompts = [prompt(8), prompt(9, context=211)]
