@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from absl import logging
 
-from experiments import environment, kernel_bench, results
+from experiments import environment, kernel_bench, measure_plots, results
 from experiments.errors import Failure
 from lcx import timing
 
@@ -113,11 +113,11 @@ def cases(config: Config):
 
 
 def run(config: Config, workdir: pathlib.Path) -> None:
-  """Measures every case and writes the rows and a table."""
+  """Measures every case and writes the rows, a table and a plot."""
   file = results.Results(workdir / 'results.jsonl')
   (workdir / 'env.json').write_text(json.dumps(environment.describe()))
   ceilings: dict[str, float] = {}
-  table, failed = [], []
+  table, failed, measured = [], [], []
   for case in cases(config):
     rows = []
     for name in (*case.calls, *case.timed):
@@ -138,6 +138,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     if rows and case.op in ('matmul', 'copy'):
       ceilings[case.unit] = rows[0]['rate']
     file.append(rows)
+    measured += rows
     if config.output and rows:
       with open(config.output, 'a') as out:
         out.writelines(json.dumps(row) + '\n' for row in rows)
@@ -147,6 +148,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   (workdir / 'report.md').write_text(
     f'# {config.title}\n\n```\n' + '\n'.join(table) + '\n```\n'
   )
+  (workdir / 'speed.png').write_bytes(measure_plots.draw(measured))
   if failed:
     first = failed[0].strip().splitlines()[0]
     raise Failure(f'{len(failed)} measurements failed; the first: {first}')

@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from experiments import environment, evaluate, peers
+from experiments import environment, evaluate, measure_plots, peers
 from experiments.errors import Failure
 from experiments.results import Results, Row, key_of, write_json
 from lcx.methods.base import Method, Prompt, Tail
@@ -78,7 +78,7 @@ class Config:
 
 
 def run(config: Config, workdir: pathlib.Path) -> None:
-  """Measures what is missing, writes rows, prints a table.
+  """Measures what is missing, writes rows and a plot, prints a table.
 
   Raises:
     ValueError: a method or its numbers do not exist, or do not fit.
@@ -107,6 +107,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
         results.append([row])
         rows.append(row)
         print(_line(row), flush=True)
+  (workdir / 'speed.png').write_bytes(measure_plots.draw(rows))
   if all(row['ms'] is None for row in rows):
     raise Failure(f'all {len(rows)} measurements failed: {rows[0]["error"]}')
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from experiments.comparison import BASELINE, Line
 
-_MARKERS = 'osD^vP*Xhpd<>'
+MARKERS = 'osD^vP*Xhpd<>'
 _MIB = 2**20
 
 
@@ -50,7 +50,7 @@ def _styles(lines: Sequence[Line]) -> dict[str, dict]:
   for i, method in enumerate(methods):
     styles[method] = {
       'color': colours[i % len(colours)],
-      'marker': _MARKERS[(i + 1) % len(_MARKERS)],
+      'marker': MARKERS[(i + 1) % len(MARKERS)],
       'linestyle': '-',
     }
   return styles
@@ -77,7 +77,7 @@ def _png(
       _plot(ax, members, x_of, styles[method], method, intervals)
     if (all(seen) and max(seen) >= 4 * min(seen)) or (intervals and all(seen)):
       ax.set_xscale('log', base=log)
-      ax.xaxis.set_major_formatter(_tidy)
+      ax.xaxis.set_major_formatter(tidy)
       ax.xaxis.set_minor_formatter('')
       if log == 2 and intervals:
         ax.set_xticks(sorted(seen))
@@ -138,7 +138,8 @@ def _without(style: dict, name: str) -> dict:
   return {k: v for k, v in style.items() if k != name}
 
 
-def _tidy(value: float, _) -> str:
+def tidy(value: float, _) -> str:
+  """A tick's label: powers of two from 1024 on in K."""
   if value >= 1024 and math.log2(value).is_integer():
     return f'{value / 1024:g}K'
   return f'{value:g}'
