@@ -1,4 +1,5 @@
-# make demo     evaluates a small real model with several attention methods
+# make demo     every attention method on the bundled model, one comparison
+#               (SMOLLM2=1: dense, streaming and quest on SmolLM2-135M)
 # make test     lint, format check, type check, tests: what CI runs
 # make test-all the long tests, too
 # make lint     ruff and pyrefly alone        make format   writes the format
@@ -24,9 +25,14 @@ PYTEST := $(PY) -m pytest -n 2 --dist loadgroup --durations=20
 .PHONY: demo test test-all lint format
 .DELETE_ON_ERROR:
 
+ifdef SMOLLM2
 demo: .venv/.has-gguf $(MORE) $(MODEL)
 	$(PY) -m experiments.run --config=configs/quickstart.py \
 	  --workdir=runs/quickstart
+else
+demo: .venv/.has-index $(MORE)
+	$(PY) -m experiments.run --config=configs/needle.py --workdir=runs/needle
+endif
 
 test: lint $(MORE) $(MODEL)
 	$(PYTEST) -m 'not long and not gpu'

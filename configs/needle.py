@@ -20,6 +20,7 @@ _BUDGETS = {
     'decode': {'budget': 512, 'sink': 64, 'recent': 128},
   },
   'quest': {'decode': {'budget': 512, 'sink': 16, 'recent': 64}},
+  'retrieval': {'decode': {'queries': 512, 'neighbours': 32}},
   'retrieval_cluster': {
     'decode': {
       'top': 64,
@@ -41,7 +42,7 @@ _BUDGETS = {
 
 
 def get_config(arg=''):
-  arg = common.parse_arg(arg, method='', length=4096, samples=3)
+  arg = common.parse_arg(arg, method='', length=4096, samples=2)
   config = common.base('evaluate', 'Bundled model: needles in 4K tokens')
   config.model = 'lcx/models/needle'
   config.dtype = 'float32'

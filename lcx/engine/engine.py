@@ -126,6 +126,8 @@ class Engine:
     if isinstance(method.cache, Host):
       method.cache.check(config, capacity, batch, method.decode)
     method.prefill.pieces(mesh.shape['seq'])  # refuses what does not divide
+    prefill = method.prefill.on(mesh.shape['seq'])
+    method = dataclasses.replace(method, prefill=prefill)
     self.config, self.method, self.mesh = config, method, mesh
     self.batch, self.capacity = batch, capacity
     self.placement = Placement(

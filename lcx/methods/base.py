@@ -219,6 +219,11 @@ class Prefill(Part):
     """
     return shards
 
+  def on(self, shards: int) -> 'Prefill':
+    """What does the same over so many sequence shards, by less."""
+    del shards
+    return self
+
   def alone_below(self, config: Any, devices: str) -> int:
     """Prompts of fewer tokens are better read densely by one device.
 

@@ -42,7 +42,7 @@ from lcx.methods.base import (
   Rope,
   plain_layout,
 )
-from lcx.methods.dense import DenseDecode, dense_trace
+from lcx.methods.dense import DenseDecode, DensePrefill, dense_trace
 
 Order = Literal['contiguous', 'zigzag', 'striped']
 STRIPE = 128  # tokens; whole pages, and whole tiles of the kernels
@@ -68,6 +68,9 @@ class RingPrefill(Prefill):
       raise ValueError(
         f'ulysses={self.ulysses} must divide n_heads={config.n_heads}'
       )
+
+  def on(self, shards: int) -> Prefill:
+    return DensePrefill() if shards == 1 else self
 
   def pieces(self, shards: int) -> int:
     return shards * (2 if self.order == 'zigzag' else 1)
