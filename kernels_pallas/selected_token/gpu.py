@@ -190,6 +190,10 @@ def _attend(
   tiles = ids.shape[2] * pages.page // keys
   programs = MULTIPROCESSORS * PROGRAMS[pages.bits]
   splits = sizes.splits or max(1, programs // (b * kv * blocks))
+  if sink is not None and not sizes.splits and tiles > splits * LONG_SPLIT:
+    # The programs of streaming heads end at once: with twice as many, those of
+    # the other heads still fill the chip.
+    splits *= 2
   splits = min(splits, tiles)
   used = None
   if tiles > splits * LONG_SPLIT:
