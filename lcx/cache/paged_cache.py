@@ -45,6 +45,8 @@ from lcx.cache.write import (
   merged_pages,
   put,
   put_at,
+  put_small,
+  put_token,
   take_at,
   window,
 )
@@ -122,13 +124,19 @@ class PagedCache:
     wanted = alive & (held < 0)
     granted = self._granted(wanted)
     count, status = settle(status, count, (Status.OUT_OF_PAGES, ~granted))
+    fresh, vacancy = self.vacancy.take(wanted, granted)
     alive &= granted[:, None, None]
-    fresh, vacancy = self.vacancy.take(wanted & alive)
     target = jnp.where(alive, jnp.maximum(held, fresh), -1)
+    # Computed once, not again by each kernel that follows.
+    count, status, target, fresh = jax.lax.optimization_barrier(
+      (count, status, target, fresh)
+    )
 
     def write(pool, tokens):
-      older = pool[jnp.maximum(held[..., 0], 0)]
       tokens = jnp.swapaxes(tokens, 1, 2)
+      if tokens.shape[2] == 1:
+        return put_token(pool, target[..., 0], offset, tokens[:, :, 0])
+      older = pool[jnp.maximum(held[..., 0], 0)]
       return put(pool, target, merged_pages(tokens, older, offset, count))
 
     first = first_positions(positions, offset, slot.shape[2], page)
@@ -140,8 +148,8 @@ class PagedCache:
     return dataclasses.replace(
       self,
       pool=jax.tree.map(write, self.pool, encode(k, v, self.config.bits)),
-      table=put_at(self.table, jnp.where(fresh < 0, -1, slot), fresh),
-      starts=put_at(self.starts, jnp.where(alive, slot, -1), starts),
+      table=put_small(self.table, jnp.where(fresh < 0, -1, slot), fresh),
+      starts=put_small(self.starts, jnp.where(target < 0, -1, slot), starts),
       used=self.used + count,
       peak=jnp.maximum(self.peak, self.used + count),
       status=status,
@@ -220,7 +228,7 @@ class PagedCache:
     ids = other.page_ids()
     wanted = mine[:, None, None] & (ids >= 0)
     granted = cache._granted(wanted)
-    fresh, vacancy = cache.vacancy.take(wanted & granted[:, None, None])
+    fresh, vacancy = cache.vacancy.take(wanted, granted)
     fresh = jax.lax.dynamic_slice_in_dim(fresh, row, 1)
 
     def place(ours, theirs):
@@ -284,12 +292,14 @@ class PagedCache:
     n = 0 if self.stats is None else jax.tree.leaves(self.stats)[0].shape[1]
     if not self.config.has_ring:
       return jnp.arange(n, dtype=jnp.int32)
-    # `nonzero` would be five kernels in every decode step.
-    head = jnp.arange(self.ring.shape[0], dtype=jnp.int32)
-    earlier = ~self.ring & (head < head[:, None])
-    nth = jnp.sum(earlier, axis=1, dtype=jnp.int32)
-    here = ~self.ring & (nth == jnp.arange(n)[:, None])
-    return jnp.sum(jnp.where(here, head + 1, 0), axis=1, dtype=jnp.int32) - 1
+    # Head by head, all of it fuses: `nonzero` would be five kernels in every
+    # decode step, a sum one.
+    heads, nth = jnp.full((n,), -1, jnp.int32), jnp.int32(0)
+    for head in range(self.ring.shape[0]):
+      full = ~self.ring[head]
+      heads = jnp.where(full & (nth == jnp.arange(n)), head, heads)
+      nth += full
+    return heads
 
   def nbytes(self, tier: str = 'device') -> dict[str, int]:
     """Bytes by part, allocated whether used or not."""
@@ -435,7 +445,7 @@ class PagedCache:
   def _with_copies(self, slot, copied, held) -> tuple[Self, Bool[Array, 'B']]:
     """Copies pages `held` to new ones in `slot`, and which rows got them."""
     granted = self._granted(copied)
-    fresh, vacancy = self.vacancy.take(copied & granted[:, None, None])
+    fresh, vacancy = self.vacancy.take(copied, granted)
     cache = dataclasses.replace(
       self,
       pool=_copy_pages(self.pool, fresh, self.pool, held),

@@ -43,12 +43,15 @@ class _Touched:
   def by(cls, shape, keys, used, count, logical: int) -> '_Touched':
     b, h, c, _ = shape
     offset = used % logical
-    keys = lay_out(keys, offset, logical)
+    if keys.shape[2] == 1:  # one slot is enough
+      keys, arrived = keys[:, :, :, None], (count > 0)[:, None, None]
+    else:
+      keys = lay_out(keys, offset, logical)
+      arrived = slots_filled(offset, count, keys.shape[2], logical)
     n = keys.shape[2]
-    arrived = slots_filled(offset, count, n, logical)
     index = (used // logical)[:, None] + jnp.arange(n, dtype=jnp.int32)
-    touched = jnp.any(arrived, axis=-1) & (index < c)
-    index = jnp.where(touched, index, -1)[:, None]
+    touched = index * logical < jnp.where(count > 0, used + count, 0)[:, None]
+    index = jnp.where(touched & (index < c), index, -1)[:, None]
     had = (jnp.arange(n) == 0) & (offset > 0)[:, None]
     return cls(jnp.broadcast_to(index, (b, h, n)), had, arrived, keys)
 
@@ -87,6 +90,8 @@ class Bounds:
     high = jnp.where(
       had, jnp.maximum(high, take_at(self.kmax, new.index)), high
     )
+    # Read and written in one fusion, each would be read by a launch of its own.
+    low, high = jax.lax.optimization_barrier((low, high))
     return Bounds(
       put_at(self.kmin, new.index, low), put_at(self.kmax, new.index, high)
     )

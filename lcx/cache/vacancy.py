@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
+_FEW = 32  # flags whose prefix sums are windows
+
 
 def holders(table: Int32[Array, '*n'], pages: int) -> Int32[Array, 'P']:
   """How many table entries name each page."""
@@ -62,24 +64,30 @@ class Vacancy:
     return ahead <= self.order.shape[0] - self.taken[0]
 
   def take(
-    self, wanted: Bool[Array, 'B *n']
+    self, wanted: Bool[Array, 'B *n'], granted: Bool[Array, 'B']
   ) -> tuple[Int32[Array, 'B *n'], 'Vacancy']:
-    """A page for every True, -1 elsewhere; they must have been granted."""
-    flat = wanted.reshape(-1)
+    """A page for every True of the rows that `grant` allows, -1 elsewhere."""
+    rows = granted.reshape(-1, *[1] * (wanted.ndim - 1))
+    flat = (wanted & rows).reshape(-1)
     ids = self.order.at[self.taken[0] + _before(flat)].get(mode='clip')
     ids = jnp.where(flat, ids, -1).reshape(wanted.shape)
-    total = jnp.sum(flat, dtype=jnp.int32)
+    # Of the sums that `grant` made: one more sum would be one more launch.
+    total = jnp.sum(jnp.where(granted, _per_row(wanted), 0), dtype=jnp.int32)
     return ids, dataclasses.replace(self, taken=self.taken + total)
 
 
 def _before(flags: Bool[Array, 'n']) -> Int32[Array, 'n']:
   """How many flags before each are True.
 
-  Sums over triangles in two levels, which fuse with their neighbours: a
-  cumulative sum is a library call of its own on GPUs, several launches in
-  every layer of every decoded token.
+  Windows, where there are few, or sums over triangles in two levels, which fuse
+  with their neighbours: a cumulative sum is a library call of its own on GPUs,
+  several launches in every layer of every decoded token.
   """
   n = flags.size
+  if n <= _FEW:
+    window = (n,), (1,), ((n - 1, 0),)
+    flags = flags.astype(jnp.int32)
+    return jax.lax.reduce_window(flags, 0, jax.lax.add, *window) - flags
   width = min(n, 128)
   rows = jnp.pad(flags, (0, -n % width)).reshape(-1, width)
 

@@ -2,9 +2,9 @@
 
 An append touches a window of pages that begins with the row's open page (the
 one its cursor stands in). New tokens are laid out by slot, the open page's old
-tokens are merged in, and whole pages are scattered. One scatter of pages serves
-a prompt and a decoded token alike, in place where the pool is donated, and old
-and new page may differ.
+tokens are merged in, and whole pages are scattered, in place where the pool is
+donated. A single token, as decode appends it, is scattered by itself: what the
+slots behind it hold is never read as a token.
 """
 
 import jax
@@ -101,6 +101,23 @@ def put(
   return pool.at[ids].set(values, mode='drop', unique_indices=True)
 
 
+def put_token(
+  pool: Num[Array, 'P page *R'],
+  ids: Int32[Array, 'B K'],
+  slot: Int32[Array, 'B'],
+  values: Num[Array, 'B K *R'],
+) -> Num[Array, 'P page *R']:
+  """Scatters values to pool[ids, slot]; a negative id writes nothing.
+
+  Ids that are not negative must be unique.
+  """
+  ids = _out_of_reach(ids, pool.shape[0])
+  values = values.astype(pool.dtype)
+  return pool.at[ids, slot[:, None]].set(
+    values, mode='drop', unique_indices=True
+  )
+
+
 def put_at(
   array: Num[Array, 'B K W *R'],
   index: Int32[Array, 'B K n'],
@@ -117,6 +134,21 @@ def put_at(
     jnp.arange(h)[:, None],
     _out_of_reach(index, array.shape[2]),
   ].set(values.astype(array.dtype), mode='drop', unique_indices=True)
+
+
+def put_small(
+  array: Num[Array, 'B K W'],
+  index: Int32[Array, 'B K n'],
+  values: Num[Array, 'B K n'],
+) -> Num[Array, 'B K W']:
+  """`put_at` on a small array: one value is selected into place.
+
+  A select fuses with its like, where every scatter is a launch of its own.
+  """
+  if index.shape[2] > 1:
+    return put_at(array, index, values)
+  here = jnp.arange(array.shape[2], dtype=jnp.int32) == index
+  return jnp.where(here, values.astype(array.dtype), array)
 
 
 def take_at(

@@ -222,7 +222,7 @@ def test_grant_serves_the_modest_first(need, free):
   for row in sorted(range(len(need)), key=lambda r: (need[r], r)):
     assert granted[row] == (need[row] <= left)
     left -= need[row] if granted[row] else left
-  ids, after = vacancy.take(jnp.asarray(wanted & granted[:, None]))
+  ids, after = vacancy.take(jnp.asarray(wanted), jnp.asarray(granted))
   taken = np.asarray(ids)[wanted & granted[:, None]]
   assert len(set(taken.tolist())) == taken.size
   assert (taken >= pages - free).all() and (taken < pages).all()
