@@ -316,9 +316,13 @@ class LServeDecode(Decode):
 
     def select():
       slots = self._select(q, cache, newest, longest, ctx)
-      return state.replaced(slots, newest, ctx.count)
+      return state.replaced(slots, newest, ctx.count).slots
 
-    state = jax.lax.cond(due, select, lambda: state).served(ctx.count)
+    # Counts stay outside: a `cond` copies what it does not change.
+    slots = jax.lax.cond(due, select, lambda: state.slots)
+    chosen = jnp.where(due, ctx.count, 0)
+    state = state.replaced(state.slots, newest, chosen).served(ctx.count)
+    state = dataclasses.replace(state, slots=slots)
 
     def attended(ids, starts):
       part = attend_listed(q, cache, ids, starts, ctx)
