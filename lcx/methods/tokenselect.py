@@ -293,15 +293,15 @@ class TokenSelectDecode(ReuseRules, Decode):
     query = soft_vote.pool_queries(q, ctx.valid, self.pooling)
     due = self._due(query, working, ctx)
 
-    def keep():
-      """Algorithm 1, line 7; and the new token."""
-      at = ctx.positions[:, :1]
-      if self.positions == 'rank':
-        at = working.total[:, None]
-      none = jnp.zeros((q.shape[0],), jnp.float32)
-      came = jnp.minimum(ctx.count, 1)
-      k1 = rope(k[:, :1], at)
-      return working.appended(k1, v[:, :1], came, mine[:, 0]), none, none
+    # Algorithm 1, line 7; and the new token. Outside the `cond`, whose branch
+    # of a hit then passes on what it got.
+    at = ctx.positions[:, :1]
+    if self.positions == 'rank':
+      # At most: a selection drops what would not fit.
+      at = jnp.minimum(working.total, self.width - 1)[:, None]
+    here = mine[:, 0] & (ctx.count > 0)
+    kept = working.written(rope(k[:, :1], at), v[:, :1], here)
+    none = jnp.zeros((q.shape[0],), jnp.float32)
 
     def select():
       """Lines 4 to 6, for the rows that must."""
@@ -309,11 +309,21 @@ class TokenSelectDecode(ReuseRules, Decode):
         q, query, rope, cache, copies, working, ctx
       )
       if q.shape[0] > 1:
-        fresh = fresh.where(due, keep()[0])
+        fresh = fresh.where(due, kept)
       return fresh, jnp.where(due, fell_back, 0), jnp.where(due, lost, 0)
 
     anyone = jax.lax.pmax(jnp.any(due).astype(jnp.int32), ctx.axes.data)
-    working, fell_back, lost = jax.lax.cond(anyone > 0, select, keep)
+    listing, fell_back, lost = jax.lax.cond(
+      anyone > 0, select, lambda: (kept, none, none)
+    )
+    # What is known without a selection stays outside: the `cond` would copy it.
+    came = jnp.where(due, 0, jnp.minimum(ctx.count, 1))
+    working = dataclasses.replace(
+      listing,
+      query=jnp.where(due[:, None, None], query, working.query),
+      age=jnp.where(due, 0, working.age),
+      until=jnp.where(due, ctx.lengths, working.until),
+    ).counted(came, mine[:, 0])
     out, seen = self._attend(q, rope, working, mine, ctx)
     trace = None
     if ctx.trace:
@@ -366,9 +376,9 @@ class TokenSelectDecode(ReuseRules, Decode):
       k=k,
       v=v,
       held=held,
-      total=jax.lax.psum(held, ctx.axes.seq),
+      chosen=jax.lax.psum(held, ctx.axes.seq),
+      until=ctx.lengths,
       age=jnp.zeros_like(newest),
-      expected=ctx.lengths,
     )
     return fresh, found.fell_back, found.lost
 

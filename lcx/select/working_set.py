@@ -9,11 +9,13 @@ from typing import Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
 from kernels_pallas.keys import NEVER, Pages
 from lcx.cache import CacheShape, DenseCache
 from lcx.cache.base import split
+from lcx.cache.write import put_at
 from lcx.methods.base import Axes
 
 PAGE = 64  # of a working set, as kernels see it
@@ -29,18 +31,28 @@ class WorkingSet:
     k: keys of the list (C_I) and of what came since, in ascending order.
     v: their values.
     held: int32 tokens that this shard's piece holds, a row.
-    total: int32 tokens that all shards hold.
-    age: int32 tokens that came since the selection.
-    expected: int32 position of the next token; anything else selects anew.
+    chosen: int32 tokens that all shards held after the selection.
+    until: int32 position that followed the newest token then.
+    age: int32 tokens that came since.
   """
 
   query: Float[Array, 'B N H']
   k: Float[Array, 'B K W H']
   v: Float[Array, 'B K W H']
   held: Int32[Array, 'B']
-  total: Int32[Array, 'B']
+  chosen: Int32[Array, 'B']
+  until: Int32[Array, 'B']
   age: Int32[Array, 'B']
-  expected: Int32[Array, 'B']
+
+  @property
+  def total(self) -> Int32[Array, 'B']:
+    """Tokens that all shards hold."""
+    return self.chosen + self.age
+
+  @property
+  def expected(self) -> Int32[Array, 'B']:
+    """Position of the next token; anything else selects anew."""
+    return self.until + self.age
 
   @classmethod
   def empty(cls, shape: CacheShape) -> Self:
@@ -53,9 +65,9 @@ class WorkingSet:
       k=tokens,
       v=tokens,
       held=jnp.zeros((b * seq,), jnp.int32),
-      total=none,
+      chosen=none,
+      until=none - 1,
       age=none,
-      expected=none - 1,
     )
 
   @classmethod
@@ -67,9 +79,9 @@ class WorkingSet:
       k=tokens,
       v=tokens,
       held=split((axes.data, axes.seq)),
-      total=rows,
+      chosen=rows,
+      until=rows,
       age=rows,
-      expected=rows,
     )
 
   def with_room(self, tokens: int) -> Self:
@@ -79,36 +91,33 @@ class WorkingSet:
     empty = jnp.zeros((batch, kv_heads, tokens, dim), self.k.dtype)
     return dataclasses.replace(self, k=empty, v=empty)
 
-  def appended(
+  def written(
     self,
     k: Float[Array, 'B 1 K H'],
     v: Float[Array, 'B 1 K H'],
-    count: Int32[Array, 'B'],
     mine: Bool[Array, 'B'],
   ) -> Self:
-    """With one more token behind the rows whose count is not 0.
+    """With one more token behind those of some rows, not yet `counted`.
 
     Args:
       k: rotated keys.
       v: values.
-      count: 0 or 1.
-      mine: whether it lives on this shard.
+      mine: the rows.
     """
-    row = jnp.arange(k.shape[0])
-    slot = jnp.where(mine & (count > 0), self.held, NEVER)
-
-    def put(kept, new):
-      new = new[:, 0].astype(kept.dtype)
-      return kept.at[row, :, slot].set(new, mode='drop')
-
+    slot = jnp.where(mine, self.held, -1)
+    slot = jnp.broadcast_to(slot[:, None, None], (*self.k.shape[:2], 1))
     return dataclasses.replace(
       self,
-      k=put(self.k, k),
-      v=put(self.v, v),
+      k=put_at(self.k, slot, jnp.swapaxes(k, 1, 2)),
+      v=put_at(self.v, slot, jnp.swapaxes(v, 1, 2)),
+    )
+
+  def counted(self, count: Int32[Array, 'B'], mine: Bool[Array, 'B']) -> Self:
+    """With `count` more tokens, which live on this shard where `mine`."""
+    return dataclasses.replace(
+      self,
       held=self.held + jnp.where(mine, count, 0),
-      total=self.total + count,
       age=self.age + count,
-      expected=self.expected + count,
     )
 
   def where(self, rows: Bool[Array, 'B'], other: Self) -> Self:
@@ -124,12 +133,13 @@ class WorkingSet:
     batch, kv_heads, width, dim = self.k.shape
     shape = (-1, PAGE, dim)
     n = width // PAGE
-    start = jnp.arange(n, dtype=jnp.int32) * PAGE
     ids = jnp.arange(batch * kv_heads * n, dtype=jnp.int32)
     ids = ids.reshape(batch, kv_heads, n)
-    ids = jnp.where(start < self.held[:, None, None], ids, -1)
-    starts = jnp.broadcast_to(start, ids.shape)
-    return Pages(self.k.reshape(shape), self.v.reshape(shape)), ids, starts
+    # A literal: the same broadcast would be a launch in every layer.
+    starts = np.tile(np.arange(n, dtype=np.int32) * PAGE, (batch, kv_heads, 1))
+    ids = jnp.where(starts < self.held[:, None, None], ids, -1)
+    pool = Pages(self.k.reshape(shape), self.v.reshape(shape))
+    return pool, ids, jnp.asarray(starts)
 
 
 def below(
