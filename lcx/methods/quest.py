@@ -93,12 +93,13 @@ def kv_page_scores(
   """
   kmin, kmax = cache.bounds()
   batch, n_kv_heads, n_logical, _ = kmin.shape
+  width = cache.page_ids().shape[2]
   scores = page_scores(q, kmin, kmax)  # [B T N C]
   scores = jnp.where(ctx.valid[:, :, None, None], scores, -jnp.inf)
-  scores = jnp.max(scores, axis=1)
-  scores = scores.reshape(batch, n_kv_heads, -1, n_logical)
-  width = cache.page_ids().shape[2]
-  return jnp.max(scores, axis=2).reshape(batch, n_kv_heads, width, -1).max(-1)
+  scores = scores.reshape(
+    batch, q.shape[1], n_kv_heads, -1, width, n_logical // width
+  )
+  return jnp.max(scores, axis=(1, 3, 5))
 
 
 def seen_keys(starts, q, ctx: Context, page: int) -> Float[Array, 'B']:
