@@ -29,15 +29,17 @@ def essence(answers):
   return [[(a.tokens, a.density, a.kv_bytes) for a in row] for row in answers]
 
 
-def test_a_shared_prefill_gives_the_same_answers():
+@pytest.mark.parametrize(
+  'protocol', ['context_first', pytest.param('whole', marks=pytest.mark.long)]
+)
+def test_a_shared_prefill_gives_the_same_answers(protocol):
   readings = Readings(1e9)
   first, second = sharing('dense', readings), sharing('quest', readings)
   own = make_engine(second.method)
-  for protocol in ('whole', 'context_first'):
-    first.generate(PROMPTS, 2, protocol=protocol)
-    got = second.generate(PROMPTS, 2, protocol=protocol)
-    assert essence(got) == essence(own.generate(PROMPTS, 2, protocol=protocol))
-    assert got[0][0].prefill_ms > 0
+  first.generate(PROMPTS, 2, protocol=protocol)
+  got = second.generate(PROMPTS, 2, protocol=protocol)
+  assert essence(got) == essence(own.generate(PROMPTS, 2, protocol=protocol))
+  assert got[0][0].prefill_ms > 0
   assert 'prefill kept' in {key[0] for key in first._programs}
   assert not {key[0] for key in second._programs} & {'prefill kept', 'embed'}
   readings.clear()
