@@ -22,7 +22,6 @@ from kernels_pallas.keys import Pages
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 KIB = 1024
 BLOCK = 128
-SAMPLES = 10  # of peers outside JAX
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Case:
     work: FLOPs or bytes of a call.
     unit: 'TFLOP/s' or 'GB/s', of the rate.
     calls: implementation -> how to make its Call; the first is ours.
-    timed: peers outside JAX -> milliseconds of a call, a sample each.
+    timed: peers outside JAX, by name (`torch_peers.Timed`).
   """
 
   op: str
@@ -52,9 +51,7 @@ class Case:
   work: float
   unit: str
   calls: dict[str, Callable[[], Call]]
-  timed: dict[str, Callable[[], tuple[float, ...]]] = dataclasses.field(
-    default_factory=dict
-  )
+  timed: dict[str, torch_peers.Timed] = dataclasses.field(default_factory=dict)
 
 
 def _normal(seed: int, shape, dtype=jnp.bfloat16):
@@ -183,7 +180,7 @@ def prompts(
     timed = {}
     if peers:
       calls |= _dense_peers(q, k, v)
-      timed = torch_peers.dense(tokens, HEADS, KV_HEADS, HEAD_DIM, SAMPLES)
+      timed = torch_peers.dense(tokens, HEADS, KV_HEADS, HEAD_DIM)
     work = 4 * HEAD_DIM * pairs
     case = f'causal {_label(tokens)}'
     yield Case('block_sparse', case, work, 'TFLOP/s', calls, timed)
@@ -345,7 +342,7 @@ def decodes(
       timed = {}
       if b == 16 and peers:
         made |= _decode_peers(pages, tokens, calls)
-        timed = torch_peers.decode(tokens, HEADS, KV_HEADS, HEAD_DIM, SAMPLES)
+        timed = torch_peers.decode(tokens, HEADS, KV_HEADS, HEAD_DIM)
       yield Case(
         'selected_token',
         f'decode {_label(tokens)} bits {b}',

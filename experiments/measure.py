@@ -156,7 +156,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
 
 def _timed(case, name: str, repeats: int) -> timing.Timing:
   if name in case.timed:
-    return timing.Timing(case.timed[name](), compile_s=0.0)
+    return timing.Timing(case.timed[name](repeats), compile_s=0.0)
   call = case.calls[name]()
   return timing.measure(
     call.function, call.inputs, shared=call.shared, repeats=repeats

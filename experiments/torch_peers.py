@@ -8,31 +8,30 @@ import functools
 import importlib.util
 from collections.abc import Callable
 
-Timed = Callable[[], tuple[float, ...]]
+# Samples wanted -> milliseconds of a call, a sample each.
+Timed = Callable[[int], tuple[float, ...]]
 
 
-def dense(
-  tokens: int, heads: int, kv_heads: int, dim: int, repeats: int
-) -> dict[str, Timed]:
-  """Causal attention of a whole prompt: name -> milliseconds, a sample each."""
-  return _peers(tokens, tokens, heads, kv_heads, dim, repeats)
+def dense(tokens: int, heads: int, kv_heads: int, dim: int) -> dict[str, Timed]:
+  """Causal attention of a whole prompt, by name."""
+  return _peers(tokens, tokens, heads, kv_heads, dim)
 
 
 def decode(
-  tokens: int, heads: int, kv_heads: int, dim: int, repeats: int
+  tokens: int, heads: int, kv_heads: int, dim: int
 ) -> dict[str, Timed]:
-  """One query over `tokens` keys: name -> milliseconds, a sample each."""
-  return _peers(1, tokens, heads, kv_heads, dim, repeats)
+  """One query over `tokens` keys, by name."""
+  return _peers(1, tokens, heads, kv_heads, dim)
 
 
-def _peers(queries, keys, heads, kv_heads, dim, repeats) -> dict[str, Timed]:
+def _peers(queries, keys, heads, kv_heads, dim) -> dict[str, Timed]:
   shapes = (heads, queries, dim), (kv_heads, keys, dim), (kv_heads, keys, dim)
   found: dict[str, Timed] = {}
   if importlib.util.find_spec('torch'):
     for name in ('flash', 'cudnn'):
-      found[f'torch {name}'] = functools.partial(_sdpa, name, shapes, repeats)
+      found[f'torch {name}'] = functools.partial(_sdpa, name, shapes)
   if importlib.util.find_spec('flashinfer'):
-    found['flashinfer'] = functools.partial(_flashinfer, shapes, repeats)
+    found['flashinfer'] = functools.partial(_flashinfer, shapes)
   return found
 
 

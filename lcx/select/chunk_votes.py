@@ -6,10 +6,11 @@ one launch of an attention kernel over each chunk's interval of candidates;
 votes then take a second look at the keys, tile by tile, with no more than
 TILE_SCORES logits in memory. Tiles behind a group's last candidate are skipped.
 
-A few chunks do not fill an accelerator with rows of queries: one of them took
-1.6 ms over 128K keys in that kernel, as long as dense attention of all its
-rows. Where the logits of all chunks fit into ONCE_SCORES, they are kept, keys
-are read once, and every step is spread over the keys.
+A few chunks do not fill an accelerator with rows of queries: on an H200 one of
+them took 1.6 ms over 128K keys by that kernel, as long as dense attention of
+all its rows (experiments/results/tokenselect_speed.jsonl). Where the logits of
+all chunks fit into ONCE_SCORES, they are kept, keys are read once, and every
+step is spread over the keys.
 """
 
 import jax.numpy as jnp
