@@ -158,12 +158,9 @@ class DenseCache:
     )
     offset = self.used % page
     pages = self._touched(count, window(k.shape[1], page))
-    at = self.used[:, None, None]
 
     def write(kept, tokens):
       tokens = jnp.swapaxes(tokens, 1, 2)
-      if tokens.shape[2] == 1:
-        return put_at(kept, jnp.where(pages < 0, -1, at), tokens)
       older = take_at(self._in_pages(kept), pages[..., :1])[:, :, 0]
       new = merged_pages(tokens, older, offset, count)
       return put_slices(kept, pages, new)

@@ -46,7 +46,6 @@ from lcx.cache.write import (
   put,
   put_at,
   put_small,
-  put_token,
   take_at,
   window,
 )
@@ -134,8 +133,6 @@ class PagedCache:
 
     def write(pool, tokens):
       tokens = jnp.swapaxes(tokens, 1, 2)
-      if tokens.shape[2] == 1:
-        return put_token(pool, target[..., 0], offset, tokens[:, :, 0])
       older = pool[jnp.maximum(held[..., 0], 0)]
       return put(pool, target, merged_pages(tokens, older, offset, count))
 

@@ -2,9 +2,10 @@
 
 An append touches a window of pages that begins with the row's open page (the
 one its cursor stands in). New tokens are laid out by slot, the open page's old
-tokens are merged in, and whole pages are scattered, in place where the pool is
-donated. A single token, as decode appends it, is scattered by itself: what the
-slots behind it hold is never read as a token.
+tokens are merged in, and whole pages are scattered. One scatter of pages serves
+a prompt and a decoded token alike, in place where the pool is donated, and old
+and new page may differ. Slots behind the last token become 0: a recycled page
+may hold a NaN, which a weight of 0 would not keep out of a sum over values.
 """
 
 import jax
@@ -99,23 +100,6 @@ def put(
   ids = _out_of_reach(ids.reshape(-1), pool.shape[0])
   values = values.reshape(-1, *pool.shape[1:]).astype(pool.dtype)
   return pool.at[ids].set(values, mode='drop', unique_indices=True)
-
-
-def put_token(
-  pool: Num[Array, 'P page *R'],
-  ids: Int32[Array, 'B K'],
-  slot: Int32[Array, 'B'],
-  values: Num[Array, 'B K *R'],
-) -> Num[Array, 'P page *R']:
-  """Scatters values to pool[ids, slot]; a negative id writes nothing.
-
-  Ids that are not negative must be unique.
-  """
-  ids = _out_of_reach(ids, pool.shape[0])
-  values = values.astype(pool.dtype)
-  return pool.at[ids, slot[:, None]].set(
-    values, mode='drop', unique_indices=True
-  )
 
 
 def put_at(

@@ -1,5 +1,7 @@
 """The paged cache's own promises: pool, rings, sharing, statistics."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,6 +100,20 @@ def test_out_of_pages_stops_a_row_and_no_other():
   assert not np.asarray(cache.status).any()
   cache = feed(cache, [[], [2], [3] * 4, [4]], 4)
   check_rows(cache, [[], [2] * 9, [3] * 4, [4]])
+
+
+@pytest.mark.parametrize('config', [Dense(page=8), Paged(**SMALL)], ids=str)
+def test_a_token_in_a_recycled_page_has_no_nan_behind_it(config):
+  cache = empty(config, 1)
+  fields = ('pool',) if isinstance(config, Paged) else ('k', 'v')
+  nan = {
+    name: jax.tree.map(lambda x: x * jnp.nan, getattr(cache, name))
+    for name in fields
+  }
+  cache = feed(dataclasses.replace(cache, **nan), [[7]], 1)
+  first = cache.page_ids()[:, :, 0]
+  for x in (cache.pages().k, cache.pages().v):
+    assert np.all(np.isfinite(np.asarray(x[first])))
 
 
 def test_fork_without_pages_empties_the_row():
