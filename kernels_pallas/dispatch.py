@@ -38,6 +38,11 @@ def _order() -> tuple[str, ...]:
   return ('xla',)
 
 
+def prefers(name: str) -> bool:
+  """Whether the default device tries this implementation first."""
+  return _order()[0] == name
+
+
 def load(family: str, name: str) -> types.ModuleType:
   """The module kernels_pallas.<family>.<name>.
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
+from kernels_pallas import append_token
 from kernels_pallas.keys import NEVER, Pages
 from lcx.cache.base import (
   ROWS,
@@ -145,6 +146,9 @@ class DenseCache:
       `status`; other rows go on.
     """
     page, capacity = self.page, self.k.shape[2]
+    rows, tokens, heads, dim = k.shape
+    if tokens == 1 and append_token.serves(rows * heads, dim):
+      return self._append_one(k, v, positions, count)
     count = arriving(self.used, self.status, count, k.shape[1])
     open_start = start_of_page(self.starts, self.used // page)
     count, status = settle(
@@ -176,6 +180,50 @@ class DenseCache:
       used=self.used + count,
       status=status,
       stats=stats,
+    )
+
+  def _append_one(self, k, v, positions, count) -> Self:
+    """`append` of one token a row, in one launch."""
+    rules = append_token.Rules(
+      page=self.page,
+      logical=self.page,
+      capacity=self.k.shape[2],
+      sink_pages=0,
+      ring_pages=0,
+      statistics='' if self.stats is None else 'bounds',
+      ok=Status.OK,
+      position_gap=Status.POSITION_GAP,
+      over_capacity=Status.OVER_CAPACITY,
+      out_of_pages=Status.OUT_OF_PAGES,
+    )
+    pool = self.pages()
+    k, v = k[:, 0].astype(pool.k.dtype), v[:, 0].astype(pool.v.dtype)
+    stats, tree = jax.tree.flatten(self.stats)
+    (pool_k, pool_v), cursors, stats = append_token.gpu.append_token(
+      [pool.k, pool.v],
+      [k, v],
+      append_token.Cursors(
+        table=None,
+        starts=self.starts,
+        used=self.used,
+        peak=None,
+        status=self.status,
+        taken=None,
+      ),
+      stats,
+      k,
+      positions[:, 0],
+      count,
+      rules=rules,
+    )
+    return dataclasses.replace(
+      self,
+      k=pool_k.reshape(self.k.shape),
+      v=pool_v.reshape(self.v.shape),
+      starts=cursors.starts,
+      used=cursors.used,
+      status=cursors.status,
+      stats=tree.unflatten(stats),
     )
 
   def truncate(self, lengths: Int32[Array, 'B']) -> Self:

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
+from kernels_pallas import append_token
 from kernels_pallas.block_sparse import EVERYTHING
 from kernels_pallas.keys import NEVER, Pages, dequantise
 from lcx.cache.base import (
@@ -115,6 +116,10 @@ class PagedCache:
       The cache. A row whose tokens do not fit drops them all and says so in
       `status`; other rows go on. Ring heads keep sink and recent tokens alone.
     """
+    rows, tokens, heads, dim = k.shape
+    agree = self.config.agree_over
+    if tokens == 1 and append_token.serves(rows * heads, dim, agree):
+      return self._append_one(k, v, positions, count)
     page = self.page
     offset = self.used % page
     count, status = self._admitted(count, positions)
@@ -152,6 +157,58 @@ class PagedCache:
       status=status,
       vacancy=vacancy,
       stats=stats,
+    )
+
+  def _append_one(self, k, v, positions, count) -> Self:
+    """`append` of one token a row, in one launch."""
+    config = self.config
+    rules = append_token.Rules(
+      page=self.page,
+      logical=config.logical_page,
+      capacity=None if config.endless else self.table.shape[2] * self.page,
+      sink_pages=config.sink_pages,
+      ring_pages=config.ring_pages,
+      statistics='' if self.stats is None else config.stats,
+      ok=Status.OK,
+      position_gap=Status.POSITION_GAP,
+      over_capacity=Status.OVER_CAPACITY,
+      out_of_pages=Status.OUT_OF_PAGES,
+    )
+    k, v = k[:, 0], v[:, 0]
+    tokens = encode(k, v, config.bits)
+    tokens = jax.tree.map(lambda x, to: x.astype(to.dtype), tokens, self.pool)
+    pool, tree = jax.tree.flatten(self.pool)
+    stats, stats_tree = jax.tree.flatten(self.stats)
+    pool, cursors, stats = append_token.gpu.append_token(
+      pool,
+      tree.flatten_up_to(tokens),
+      append_token.Cursors(
+        table=self.table,
+        starts=self.starts,
+        used=self.used,
+        peak=self.peak,
+        status=self.status,
+        taken=self.vacancy.taken,
+      ),
+      stats,
+      k,
+      positions[:, 0],
+      count,
+      rules=rules,
+      ring=self.ring if config.has_ring else None,
+      order=self.vacancy.order,
+    )
+    assert cursors.taken is not None
+    return dataclasses.replace(
+      self,
+      pool=tree.unflatten(pool),
+      table=cursors.table,
+      starts=cursors.starts,
+      used=cursors.used,
+      peak=cursors.peak,
+      status=cursors.status,
+      vacancy=dataclasses.replace(self.vacancy, taken=cursors.taken),
+      stats=stats_tree.unflatten(stats),
     )
 
   def truncate(self, lengths: Int32[Array, 'B']) -> Self:

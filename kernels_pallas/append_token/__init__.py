@@ -1,0 +1,33 @@
+"""One decoded token a row into a cache: everything that an append does.
+
+On a GPU a decode step is a chain of small kernels, about 1 us each however
+little they do: cursor, page table, page grant, keys, values and statistics of
+one token are a dozen of them, as much time as attention over 4,096 tokens
+takes. `gpu.py` does all of it in one launch, in place. It has no twin here:
+elsewhere, and for several tokens, the caches' own `append` says the same in
+plain array operations (lcx/cache), against which it is tested.
+"""
+
+import jax
+
+from kernels_pallas import dispatch
+from kernels_pallas.append_token import gpu
+from kernels_pallas.append_token.gpu import Cursors, Rules
+
+__all__ = ['MAX_TILE', 'Cursors', 'Rules', 'gpu', 'serves']
+
+MAX_TILE = 64 * 128  # elements of all rows' keys: they are held in registers
+
+
+def serves(rows: int, head_dim: int, axis: str | None = None) -> bool:
+  """Whether `gpu.py` can append one token on the default device.
+
+  Args:
+    rows: of the batch, times kv heads.
+    head_dim: channels of a key.
+    axis: mesh axis over which shards must agree about the append.
+  """
+  if not dispatch.prefers('gpu'):
+    return False
+  shared = axis is not None and jax.lax.axis_size(axis) > 1
+  return not shared and rows * head_dim <= MAX_TILE

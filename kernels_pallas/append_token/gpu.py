@@ -1,0 +1,339 @@
+"""One token a row, appended in place by one program: Pallas Triton.
+
+A lane stands for a kv head of a row, lane = row * K + head, padded to a power
+of two; sums over a row or over earlier lanes are masked sums over lanes. All
+lanes are one program, since pages are granted to rows in an order that all of
+them must see.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Bool, Float, Int32, Num
+
+from kernels_pallas.keys import NEVER
+
+_WARPS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+  """Static numbers of an append.
+
+  Attributes:
+    page: tokens of a page.
+    logical: tokens of a page of the statistics.
+    capacity: tokens a row may hold; None: without end.
+    sink_pages: pages of ring heads that stay.
+    ring_pages: pages of ring heads that are used again and again.
+    statistics: 'bounds' (least and largest key), 'moments' (sums of keys and of
+      their squares), or '' (no statistics).
+    ok: a row's status while it takes tokens.
+    position_gap: its status after a token that continues nothing.
+    over_capacity: after one too many.
+    out_of_pages: after one for which no page was free.
+  """
+
+  page: int
+  logical: int
+  capacity: int | None
+  sink_pages: int
+  ring_pages: int
+  statistics: str
+  ok: int
+  position_gap: int
+  over_capacity: int
+  out_of_pages: int
+
+
+class Cursors(NamedTuple):
+  """What an append moves, a row; `lcx.cache.paged_cache` has the meanings.
+
+  Attributes:
+    table: int32 [B K W]; None in a contiguous cache.
+    starts: int32 [B K W], or [B W] in a contiguous cache.
+    used: int32 [B].
+    peak: int32 [B]; None in a contiguous cache.
+    status: int32 [B].
+    taken: int32 [1]; None in a contiguous cache.
+  """
+
+  table: Int32[Array, 'B K W'] | None
+  starts: Int32[Array, 'B *K W']
+  used: Int32[Array, 'B']
+  peak: Int32[Array, 'B'] | None
+  status: Int32[Array, 'B']
+  taken: Int32[Array, '1'] | None
+
+
+def append_token(
+  pool: Sequence[Num[Array, 'P page *D']],
+  tokens: Sequence[Num[Array, 'B K *D']],
+  cursors: Cursors,
+  stats: Sequence[Float[Array, 'B h C H']],
+  keys: Float[Array, 'B K H'],
+  positions: Int32[Array, 'B'],
+  count: Int32[Array, 'B'] | None,
+  *,
+  rules: Rules,
+  ring: Bool[Array, 'K'] | None = None,
+  order: Int32[Array, 'P'] | None = None,
+  interpret: bool = False,
+) -> tuple[list, Cursors, list]:
+  """Appends one token to each row that takes it.
+
+  A page's first token makes the page's other slots 0: a recycled page may hold
+  a NaN, which a weight of 0 would not keep out of a sum over values.
+
+  Args:
+    pool: arrays of pages that one token each enters: keys, values, scales. A
+      contiguous cache [B K W*page H] is a pool of its pages in order.
+    tokens: what enters them, in their dtypes.
+    cursors: of the rows.
+    stats: two arrays, or none.
+    keys: unquantised, for the statistics.
+    positions: of the tokens.
+    count: 0 or 1; None: 1.
+    rules: static numbers.
+    ring: which heads are ring heads; None: none.
+    order: free pages in order, from `cursors.taken` on; None: contiguous.
+    interpret: runs on the CPU, for tests.
+
+  Returns:
+    (pool, cursors, stats), in the places of the old ones.
+  """
+  batch, heads, _ = keys.shape
+  lanes = pl.next_power_of_2(batch * heads)
+  moved = [list(pool), cursors, list(stats)]
+  fixed = [list(tokens), keys, positions, count, ring, order]
+  changed, tree = jax.tree.flatten(moved)
+  given, given_tree = jax.tree.flatten(fixed)
+
+  def kernel(*refs):
+    old = tree.unflatten(refs[: len(changed)])
+    inputs = given_tree.unflatten(refs[len(changed) : -len(changed)])
+    new = tree.unflatten(refs[-len(changed) :])
+    _kernel(old, new, *inputs, lanes=lanes, batch=batch, rules=rules)
+
+  out = pl.pallas_call(
+    kernel,
+    out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in changed],
+    input_output_aliases={i: i for i in range(len(changed))},
+    compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=1),
+    interpret=interpret,
+    name='append_token',
+  )(*changed, *given)
+  pool, cursors, stats = tree.unflatten(out)
+  return pool, cursors, stats
+
+
+class _Lanes(NamedTuple):
+  """A vector each: what a lane stands for, and what its token does.
+
+  Attributes:
+    real: whether it stands for anything.
+    row: of the batch; 0 where it is not real.
+    head: kv head.
+    used: tokens the row holds before.
+    slot: of the head's table that the token's page has.
+    comes: whether the token is taken.
+    status: of the row, after it.
+    target: page of the pool; -1: none.
+  """
+
+  real: jax.Array
+  row: jax.Array
+  head: jax.Array
+  used: jax.Array
+  slot: jax.Array
+  comes: jax.Array
+  status: jax.Array
+  target: jax.Array
+
+  @property
+  def speaks(self):
+    """The lanes that write what a row has once."""
+    return self.real & (self.head == 0)
+
+
+def _kernel(
+  old, new, tokens, keys, positions, count, ring, order, *, lanes, batch, rules
+):
+  """Old and new are the same memory: what is read again is read from `old`."""
+  (_, cursors, stats), heads = old, keys.shape[1]
+  lane = jnp.arange(lanes, dtype=jnp.int32)
+  real = lane < batch * heads
+  row, head = jnp.where(real, lane // heads, 0), lane % heads
+
+  def of_row(ref):
+    return plgpu.load(ref.at[row], mask=real, other=0)
+
+  used, status, position = map(
+    of_row, (cursors.used, cursors.status, positions)
+  )
+  offset = used % rules.page
+  slot, is_ring, first_slot = _slots(
+    used // rules.page, real, head, ring, rules
+  )
+  width = cursors.starts.shape[-1]
+  zeros = jnp.zeros_like(row)
+  first = (row, *(zeros,) * (len(cursors.starts.shape) - 2), first_slot)
+  first_start = plgpu.load(
+    cursors.starts.at[first], mask=real & (first_slot < width), other=NEVER
+  )
+
+  comes = real & (status == rules.ok)
+  if count is not None:
+    comes &= of_row(count) > 0
+
+  def settled(comes, status, fault, hit):
+    hit &= comes
+    return comes & ~hit, jnp.where(hit, fault, status)
+
+  gap = (offset > 0) & (position != first_start + offset)
+  faults = [(rules.position_gap, gap)]
+  if rules.capacity is not None:
+    faults.append((rules.over_capacity, used >= rules.capacity))
+  if order is None:  # the contiguous cache names them the other way round
+    faults.reverse()
+  for fault, hit in faults:
+    comes, status = settled(comes, status, fault, hit)
+
+  if order is None:
+    first_page = (row * heads + head) * width
+    target = jnp.where(comes, first_page + slot, -1)
+  else:
+    at = row, head, slot
+    held = plgpu.load(cursors.table.at[at], mask=comes, other=-1)
+    wanted = (comes & (held < 0)).astype(jnp.int32)
+    taken = plgpu.load(cursors.taken.at[zeros])
+    need = _sum(wanted, row[:, None] == row)
+    # The modest first, then lower rows: as `Vacancy.grant`.
+    ahead = (need < need[:, None]) | (
+      (need == need[:, None]) & (row <= row[:, None])
+    )
+    refused = _sum(wanted, ahead) > order.shape[0] - taken
+    comes, status = settled(comes, status, rules.out_of_pages, refused)
+    wanted = jnp.where(comes, wanted, 0)
+    place = taken + _sum(wanted, lane < lane[:, None])
+    fresh = plgpu.load(order.at[place], mask=wanted > 0, other=-1)
+    target = jnp.where(comes, jnp.maximum(held, fresh), -1)
+    _store(new[1].table, at, fresh, wanted > 0)
+    _store(new[1].taken, (zeros,), taken + jnp.sum(wanted), lane == 0)
+
+  at = _Lanes(real, row, head, used, slot, comes, status, target)
+  _move(new[1], cursors, at, position - offset)
+  for leaf, values in zip(new[0], tokens):
+    _write(leaf, values, at, offset)
+  if rules.statistics:
+    # The statistics have rows for full heads alone.
+    index = head
+    if ring is not None:
+      other = jnp.arange(pl.next_power_of_2(heads), dtype=jnp.int32)
+      rings = plgpu.load(ring.at[other], mask=other < heads, other=True)
+      index = _sum((~rings).astype(jnp.int32), other < head[:, None])
+    _absorb(new[2], stats, keys, at, comes & ~is_ring, index, rules)
+
+
+def _slots(number, real, head, ring, rules: Rules):
+  """Table slot of page `number`, whether the head is a ring, head 0's slot."""
+  if ring is None:
+    return number, jnp.zeros_like(real), number
+  around = number - rules.sink_pages
+  around = rules.sink_pages + around % rules.ring_pages
+  around = jnp.where(number < rules.sink_pages, number, around)
+  is_ring = plgpu.load(ring.at[head], mask=real, other=False)
+  first = plgpu.load(ring.at[jnp.zeros_like(head)])
+  return (
+    jnp.where(is_ring, around, number),
+    is_ring,
+    jnp.where(first, around, number),
+  )
+
+
+def _sum(x, chosen):
+  """Sum over the last axis of x where `chosen` [lanes n]."""
+  return jnp.sum(jnp.where(chosen, x, 0), axis=1)
+
+
+def _store(ref, at, value, mask):
+  """Stores value at ref[at] where `mask`.
+
+  Other lanes point behind the end: an interpreted store writes back what their
+  place holds, which must not be the place of a lane that stores.
+  """
+  first = jnp.where(mask, at[0], ref.shape[0])
+  plgpu.store(ref.at[(first, *at[1:])], value, mask=mask)
+
+
+def _move(new: Cursors, old: Cursors, at: _Lanes, first):
+  speaks, total = at.comes & at.speaks, at.used + 1
+  _store(new.status, (at.row,), at.status, at.speaks)
+  _store(new.used, (at.row,), total, speaks)
+  if old.peak is None:  # contiguous
+    _store(new.starts, (at.row, at.slot), first, speaks)
+    return
+  peak = jnp.maximum(old.peak[at.row], total)
+  _store(new.peak, (at.row,), peak, speaks)
+  _store(new.starts, (at.row, at.head, at.slot), first, at.comes)
+
+
+def _write(leaf, values, at: _Lanes, offset):
+  """A token into slot `offset` of its page; a new page's others are 0."""
+  begins = at.comes & (offset == 0)
+  if len(leaf.shape) == 2:
+    shape = at.row.shape
+    spread, inside, channel = (lambda x: x), True, ()
+  else:
+    spread, inside, channel = _channels(at.row, leaf.shape[2])
+    shape = channel[0].shape
+  row, head, target = map(spread, (at.row, at.head, at.target))
+  comes = spread(at.comes) & inside
+  value = plgpu.load(values.at[(row, head, *channel)], mask=comes)
+  _store(leaf, (target, spread(offset), *channel), value, comes)
+
+  @pl.when(jnp.max(begins.astype(jnp.int32)) > 0)
+  def _():
+    zero = jnp.zeros(shape, leaf.dtype)
+    cleared = spread(begins) & inside
+
+    @pl.loop(1, leaf.shape[1])
+    def _(slot):
+      _store(
+        leaf, (target, jnp.full_like(target, slot), *channel), zero, cleared
+      )
+
+
+def _absorb(new, old, keys, at: _Lanes, comes, index, rules: Rules):
+  """The statistics of the logical page that the token enters."""
+  spread, inside, channel = _channels(at.row, keys.shape[2])
+  comes = spread(comes) & inside
+  key = (spread(at.row), spread(at.head), *channel)
+  key = plgpu.load(keys.at[key], mask=comes).astype(old[0].dtype)
+  page = spread(at.row), spread(index), spread(at.used // rules.logical)
+  had = spread(at.used % rules.logical > 0)
+  if rules.statistics == 'bounds':
+    entering = (key, jnp.minimum), (key, jnp.maximum)
+  else:
+    entering = (key, jnp.add), (key * key, jnp.add)
+  for leaf, before, (value, combine) in zip(new, old, entering):
+    earlier = plgpu.load(before.at[(*page, *channel)], mask=comes & had)
+    value = jnp.where(had, combine(earlier, value), value)
+    _store(leaf, (*page, *channel), value, comes)
+
+
+def _channels(row, width: int):
+  """How lanes become a tile of channels: (spread, mask, (channel,))."""
+  shape = (*row.shape, pl.next_power_of_2(width))
+  channel = jnp.arange(shape[1], dtype=jnp.int32)
+  channel = jnp.broadcast_to(channel[None], shape)
+  return (
+    lambda x: jnp.broadcast_to(x[:, None], shape),
+    channel < width,
+    (channel,),
+  )

@@ -1,0 +1,107 @@
+"""The append of one token in one launch does what `append` does."""
+
+import dataclasses
+import functools
+from unittest import mock
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas import append_token, dispatch
+from lcx.cache import CacheShape, Dense, Paged, Status
+
+SMALL = dict(page=8, logical_page=4, sink=5, recent=9, slack=4)
+RINGS = ((False, True, False),)
+CONFIGS = {
+  'dense': Dense(page=8),
+  'dense-bounds': Dense(page=8, stats=True),
+  'paged': Paged(**SMALL),
+  'moments': Paged(**SMALL, stats='moments'),
+  'mixed-int8': Paged(**SMALL, bits=8, ring_heads=RINGS),
+  'rings-int4': Paged(**SMALL, bits=4, ring_heads='all'),
+  'few-pages': Paged(**SMALL, ring_heads=RINGS, pool_pages=17),
+}
+ROWS, HEADS, DIM, STEPS = 3, 3, 12, 40
+
+
+def empty(config):
+  return config.init(
+    CacheShape(
+      batch=ROWS,
+      n_kv_heads=HEADS,
+      head_dim=DIM,
+      capacity=48,
+      dtype='bfloat16',
+    )
+  )
+
+
+def poisoned(cache):
+  """With NaN in every floating point page: recycled ones may hold some."""
+
+  def fill(x):
+    return jnp.full_like(x, jnp.nan) if x.dtype == jnp.bfloat16 else x
+
+  if isinstance(cache.config, Dense):
+    return dataclasses.replace(cache, k=fill(cache.k), v=fill(cache.v))
+  pool = jax.tree.map(fill, cache.pool)
+  return dataclasses.replace(cache, pool=pool)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+  monkeypatch.setattr(dispatch, '_order', lambda: ('gpu', 'xla'))
+  run = functools.partial(append_token.gpu.append_token, interpret=True)
+  monkeypatch.setattr(append_token.gpu, 'append_token', run)
+
+
+def appended(cache, k, v, positions, count):
+  return cache.append(k, v, positions, count)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_one_launch_appends_like_array_operations(name, interpreted):
+  plain = jax.jit(lambda *args: _without_kernel(*args))
+  fused = jax.jit(lambda *args: appended(*args))
+  random = np.random.default_rng(0)
+  mine = theirs = poisoned(empty(CONFIGS[name]))
+  for step in range(STEPS):
+    k, v = jnp.asarray(random.normal(size=(2, ROWS, 1, HEADS, DIM)), 'bfloat16')
+    used = np.asarray(mine.used)
+    # Some rows rest; row 2 leaves gaps, which are allowed between pages.
+    count = (random.random(ROWS) < 0.9).astype(np.int32)
+    positions = used + (np.arange(ROWS) == 2) * (step // 12)
+    args = k, v, positions[:, None].astype(np.int32), count
+    mine, theirs = fused(mine, *args), plain(theirs, *args)
+    chex.assert_trees_all_equal(mine, theirs)
+  ended = set(np.asarray(mine.status).tolist())
+  assert Status.POSITION_GAP in ended
+  if name == 'few-pages':
+    assert Status.OUT_OF_PAGES in ended
+    assert int(np.asarray(mine.used).max()) > 8
+
+
+def _without_kernel(*args):
+  with mock.patch.object(append_token, 'serves', return_value=False):
+    return appended(*args)
+
+
+@pytest.mark.h100_aot
+@pytest.mark.parametrize('name', CONFIGS)
+def test_it_lowers_for_a_gpu(name, monkeypatch):
+  monkeypatch.setattr(dispatch, '_order', lambda: ('gpu', 'xla'))
+  tokens = jax.ShapeDtypeStruct((ROWS, 1, HEADS, DIM), jnp.bfloat16)
+  rows = jax.ShapeDtypeStruct((ROWS, 1), jnp.int32)
+  h100 = jax.sharding.AbstractDevice('NVIDIA H100 80GB HBM3', 132, 'gpu')
+  mesh = jax.sharding.AbstractMesh((1,), ('x',), abstract_device=h100)
+  with jax.sharding.use_abstract_mesh(mesh):
+    jax.export.export(
+      jax.jit(lambda *args: appended(*args, None)),
+      platforms=['cuda'],
+      disabled_checks=[
+        jax.export.DisabledSafetyCheck.custom_call('__gpu$xla.gpu.triton')
+      ],
+    )(jax.eval_shape(lambda: empty(CONFIGS[name])), tokens, tokens, rows)
