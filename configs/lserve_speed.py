@@ -43,6 +43,7 @@ def get_config(arg=''):
   config.weights = arg.weights
   config.dtype = 'bfloat16'
   config.steps = 32
+  config.layer_steps = 256
   config.repeats = 10
   config.layers = 0
   if arg.smoke:
@@ -50,7 +51,7 @@ def get_config(arg=''):
     config.dtype = 'float32'
     config.lengths = (512,)
     config.ops = ('layer',)
-    config.steps = 4
+    config.steps = config.layer_steps = 4
     config.repeats = 1
     keep = {'dense': config.methods['dense']}
     keep['lserve'] = config.methods['lserve']

@@ -50,6 +50,8 @@ class Config:
     weights: '' (as the preset has them), 'w8a8', 'w4a16' or 'fp8'.
     dtype: of weights and activations.
     steps: decoded in one sample.
+    layer_steps: the same of one layer, so many that what a call costs once (1 to
+      2 ms) is a small part.
     repeats: samples.
     layers: of the model that are kept; 0: all. (Times of fewer layers are no
       times of the model.)
@@ -65,6 +67,7 @@ class Config:
   weights: Literal['', 'w8a8', 'w4a16', 'fp8'] = ''
   dtype: Literal['float32', 'bfloat16'] = 'bfloat16'
   steps: int = 32
+  layer_steps: int = 256
   repeats: int = 10
   layers: int = 0
 
@@ -72,7 +75,7 @@ class Config:
     for name in ('methods', 'lengths', 'ops'):
       if not getattr(self, name):
         raise ValueError(f'config.{name} is empty')
-    for name in ('steps', 'repeats'):
+    for name in ('steps', 'layer_steps', 'repeats'):
       if getattr(self, name) < 1:
         raise ValueError(f'config.{name}={getattr(self, name)}: at least 1')
 
@@ -120,7 +123,7 @@ def _row(bench, op, length, label, method, where, results) -> Row:
     'implementation': label,
     'length': length,
     'parts': repr(method),
-    'steps': config.steps,
+    'steps': config.layer_steps if 'layer' in op else config.steps,
     'repeats': config.repeats,
     'layers': config.layers,
     'device': where['device'],
@@ -324,7 +327,7 @@ class Bench:
 
     from lcx.models.transformer import make_rope
 
-    n, repeats = self.config.steps, self.config.repeats
+    n, repeats = self.config.layer_steps, self.config.repeats
     engine = self._engine(method, length, n * (repeats + 2), layers=1)
     session = self._session(engine, length)
     plan, rope, model = engine.plan, make_rope(self.model), self.model

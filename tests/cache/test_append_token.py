@@ -64,6 +64,17 @@ def appended(cache, k, v, positions, count):
 
 @pytest.mark.parametrize('name', CONFIGS)
 def test_one_launch_appends_like_array_operations(name, interpreted):
+  check(name)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not dispatch.prefers('gpu'), reason='no Hopper GPU')
+@pytest.mark.parametrize('name', CONFIGS)
+def test_it_does_on_a_gpu(name):
+  check(name)
+
+
+def check(name):
   plain = jax.jit(lambda *args: _without_kernel(*args))
   fused = jax.jit(lambda *args: appended(*args))
   random = np.random.default_rng(0)
