@@ -1,0 +1,316 @@
+"""Page choice: every implementation makes the definition's, tie for tie."""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+
+from kernels_pallas import page_choice
+from kernels_pallas.page_choice import gpu, reference, xla
+
+NEVER = 2**30
+IMPLEMENTATIONS = {
+  'xla': xla.choose_pages,
+  'gpu': functools.partial(gpu.choose_pages, interpret=True),
+}
+
+
+def case(
+  seed=0,
+  *,
+  lengths=(290, 7, 130, 61),
+  count=(2, 1, 2, 0),
+  kv=2,
+  group=4,
+  h=64,
+  width=37,
+  per_page=4,
+  n=9,
+  heads=(1, -1),
+  page=8,
+  dtype=jnp.bfloat16,
+  draw='normal',
+):
+  """Ragged rows: more pages than n, fewer, some, and nothing to answer.
+
+  What must not be read is NaN: queries that are not valid, unused pages.
+  """
+  rng = np.random.default_rng(seed)
+  b, t = len(lengths), max(count)
+  rows = kv if heads is None else len(heads)
+  newest = np.asarray(lengths, np.int32) - 1
+  starts = np.broadcast_to(np.arange(width) * page, (b, kv, width))
+  unused = starts > newest[:, None, None]
+  starts = np.where(unused, NEVER, starts).astype(np.int32)
+  valid = np.arange(t) < np.asarray(count)[:, None]
+
+  def numbers(*shape):
+    if draw == 'ties':  # sums of small integers are exact, and often equal
+      return rng.integers(-1, 2, shape) * (rng.random(shape) < 0.1)
+    return rng.normal(size=shape)
+
+  q = numbers(b, t, kv * group, h)
+  q = np.where(valid[:, :, None, None], q, np.nan)
+  one, two = (numbers(b, rows, width * per_page, h) for _ in range(2))
+  never = np.repeat(unused[:, :1], per_page, axis=2)[..., None]
+  low = np.where(never, np.nan, np.minimum(one, two))
+  high = np.where(never, np.nan, np.maximum(one, two))
+  args = (
+    *(jnp.asarray(x, dtype) for x in (q, low, high)),
+    *(jnp.asarray(x) for x in (starts, newest, valid)),
+  )
+  return args, {
+    'heads': None if heads is None else jnp.asarray(heads, jnp.int32),
+    'held': jnp.asarray(rng.integers(-1, width, (b, kv, n)), jnp.int32),
+    'due': jnp.array(True),
+    'n': n,
+    'sink': 4,
+    'recent': 20,
+    'page': page,
+    'group': 'max',
+  }
+
+
+def run(name, args, kwargs):
+  """An implementation's choice, jitted."""
+  arrays = {k: kwargs[k] for k in ('heads', 'held', 'due')}
+  static = {k: v for k, v in kwargs.items() if k not in arrays}
+  call = functools.partial(IMPLEMENTATIONS[name], **static)
+  return np.asarray(jax.jit(lambda a, k: call(*a, **k))(args, arrays))
+
+
+@pytest.mark.parametrize('name', IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+  'shape, rest',
+  (
+    ({}, {}),
+    ({'group': 1, 'heads': (0, 1), 'draw': 'ties'}, {}),
+    ({'group': 8, 'kv': 3, 'heads': (2, 0), 'dtype': jnp.float32}, {}),
+    ({'group': 3, 'per_page': 1, 'draw': 'ties'}, {'group': 'sum'}),
+    ({'group': 1, 'heads': None, 'h': 128}, {'held': None, 'due': None}),
+    ({'heads': None, 'n': 37, 'dtype': jnp.float16}, {'sink': 0}),
+    ({'n': 2, 'draw': 'ties'}, {'recent': 200}),  # more forced than chosen
+  ),
+)
+def test_it_equals_the_definition(name, shape, rest):
+  args, kwargs = case(**shape)
+  kwargs |= rest
+  want = np.asarray(reference.choose_pages(*args, **kwargs))
+  got = run(name, args, kwargs)
+  np.testing.assert_array_equal(got, want)
+  assert np.any(want[0] >= 0)
+  if kwargs['held'] is None:
+    assert np.all(got[3] == -1)  # nothing to answer, nothing held
+    return
+  np.testing.assert_array_equal(got[3], kwargs['held'][3])
+  heads = range(len(got[0])) if kwargs['heads'] is None else kwargs['heads']
+  others = set(range(len(got[0]))) - {int(head) for head in heads}
+  assert np.all(got[0, sorted(others)] == -1)
+
+
+@pytest.mark.parametrize('name', IMPLEMENTATIONS)
+def test_what_is_held_stays_until_it_is_due(name):
+  (q, low, _, *rest), kwargs = case()
+  poison = jnp.full_like(low, jnp.nan)
+  kwargs['due'] = jnp.array(False)
+  got = run(name, (q, poison, poison, *rest), kwargs)
+  np.testing.assert_array_equal(got, kwargs['held'])
+
+
+@pytest.mark.parametrize('dtype', (jnp.bfloat16, jnp.float32))
+@pytest.mark.parametrize('how', page_choice.GROUPS)
+def test_scores_of_the_kernel_and_of_xla_agree(dtype, how):
+  args, kwargs = case(group=3, kv=2, heads=(0, 1), n=1, dtype=dtype, per_page=2)
+  q, low, high, starts, newest, valid = args
+  static = {'sink': 4, 'recent': 20, 'page': 8}
+  got = gpu.page_scores(
+    *args[:5],
+    gpu.Call(valid, kwargs['heads'], None),
+    n=1,
+    group=how,
+    interpret=True,
+    **static,
+  )
+  want = page_choice.kv_page_scores(
+    q, low, high, valid, width=37, kv_heads=2, group=how, heads=kwargs['heads']
+  )
+  want = page_choice.forced_scores(want, starts, newest, **static)
+  answers = np.asarray(valid[:, 0])
+  got, want = np.asarray(got)[answers], np.asarray(want)[answers]
+  np.testing.assert_array_equal(np.isinf(got), np.isinf(want))
+  some = np.isfinite(want)
+  np.testing.assert_allclose(got[some], want[some], rtol=1e-4, atol=1e-3)
+
+
+def hard_scores(rng, width):
+  """Rows that a search by value can stumble over."""
+  normal = rng.normal(size=width)
+  inf = np.full(width, np.inf)
+  spread = np.exp(rng.normal(size=width) * 20) * rng.choice((-1, 1), width)
+  holes = np.where(rng.random(width) < 0.5, -inf, normal)
+  return np.stack(
+    [
+      normal,
+      np.zeros(width),
+      np.where(rng.random(width) < 0.5, 0.0, -0.0),
+      rng.integers(-3, 3, width),
+      -inf,
+      inf,
+      np.where(rng.random(width) < 0.3, inf, holes),
+      spread,
+      holes,
+      1 + rng.integers(0, 5, width) * 2.0**-23,
+    ]
+  ).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+  'width, n', ((1, 1), (37, 5), (37, 37), (1500, 1), (1500, 64), (2100, 700))
+)
+def test_the_n_best_of_scores_that_are_hard_to_tell_apart(width, n):
+  scores = hard_scores(np.random.default_rng(width + n), width)
+  order = np.argsort(-scores, axis=1, kind='stable')[:, :n]
+  kept = np.take_along_axis(scores, order, axis=1) > -np.inf
+  want = np.sort(np.where(kept, order, width), axis=1)
+  want = np.where(want < width, want, -1)
+  call = gpu.Call(jnp.ones((len(scores), 1), bool), None, None)
+  got = jax.jit(
+    lambda x: gpu.best_pages(x, None, call, n=n, kv_heads=1, interpret=True)
+  )(jnp.asarray(scores[:, None]))
+  np.testing.assert_array_equal(np.asarray(got)[:, 0], want)
+
+
+def test_scores_that_are_no_numbers_stay_within_the_list():
+  scores = jnp.full((1, 1, 40), jnp.nan).at[0, 0, ::3].set(jnp.inf)
+  call = gpu.Call(jnp.ones((1, 1), bool), None, None)
+  got = gpu.best_pages(scores, None, call, n=7, kv_heads=1, interpret=True)
+  np.testing.assert_array_equal(got[0, 0], np.arange(7))
+
+
+@pytest.mark.parametrize(
+  'change, message',
+  (
+    ({'n': 0}, 'n=0'),
+    ({'n': 38}, 'within 1 and W=37'),
+    ({'group': 'mean'}, "group='mean'"),
+    ({'due': None}, 'come together'),
+    ({'heads': jnp.zeros((3,), jnp.int32)}, 'h = 3'),
+    ({'due': jnp.ones((1,), bool)}, r'due is bool\[1\]'),
+    ({'implementation': 'tpu'}, 'cannot be loaded'),
+  ),
+)
+def test_bad_arguments_are_refused(change, message):
+  args, kwargs = case()
+  with pytest.raises(ValueError, match=message):
+    page_choice.choose_pages(*args, **{**kwargs, **change})
+
+
+@pytest.mark.parametrize(
+  'size, reason',
+  (
+    ({'h': 32}, 'head dim 32'),
+    ({'per_page': 3}, '3 logical pages'),
+    ({'t': 16, 'n_heads': 18}, '16 x 9'),
+    ({'width': 2**16}, '65536 pages'),
+    ({'dtype': jnp.int8}, 'int8'),
+  ),
+)
+def test_the_gpu_names_what_it_cannot_take(size, reason):
+  size = {'t': 1, 'n_heads': 8, 'h': 64, 'width': 9, 'per_page': 1} | size
+  dtype = size.get('dtype', jnp.float16)
+  bounds = (1, 2, size['width'] * size['per_page'], size['h'])
+  bounds = jax.ShapeDtypeStruct(bounds, dtype)
+  q = (1, size['t'], size['n_heads'], size['h'])
+  q = jax.ShapeDtypeStruct(q, jnp.float16)
+  starts = jax.ShapeDtypeStruct((1, 2, size['width']), jnp.int32)
+  found = gpu.refuse('choose_pages', q, bounds, bounds, starts)
+  assert (found is not None) == bool(reason) and reason in found
+
+
+# Shapes of Llama 3 8B: (pages, heads with bounds, pages chosen, T).
+SIZES = ((2056, 4, 65, 1), (16392, 4, 65, 1), (2056, None, 17, 16))
+
+
+def on_an_h100(width, rows, n, t):
+  """(function, shapes) of a choice."""
+  bounds = ((1, rows or 8, width * 4, 128), jnp.bfloat16)
+  specs = [((1, t, 32, 128), jnp.bfloat16), bounds, bounds]
+  specs += [((1, 8, width), jnp.int32), ((1,), jnp.int32), ((1, t), bool)]
+  if rows:
+    specs += [((rows,), jnp.int32), ((1, 8, n), jnp.int32), ((), bool)]
+
+  def choose(*args):
+    heads, held, due = args[6:] if rows else (None, None, None)
+    return gpu.choose_pages(
+      *args[:6], n=n, sink=64, recent=256, page=64, group='max', heads=heads,
+      held=held, due=due
+    )  # fmt: skip
+
+  return choose, specs
+
+
+def lower(function, args, **how):
+  device = jax.sharding.AbstractDevice('NVIDIA H100 80GB HBM3', 132, 'gpu')
+  mesh = jax.sharding.AbstractMesh((1,), ('one',), abstract_device=device)
+  with jax.sharding.use_abstract_mesh(mesh):
+    traced = jax.jit(function, **how).trace(*args)
+    return traced.lower(lowering_platforms=('cuda',))
+
+
+@pytest.mark.h100_aot
+@pytest.mark.parametrize('size', SIZES)
+def test_it_lowers_through_triton(size):
+  choose, specs = on_an_h100(*size)
+  lowered = lower(choose, [jax.ShapeDtypeStruct(*spec) for spec in specs])
+  assert lowered.as_text().count('__gpu$xla.gpu.triton') == 2
+
+
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 84942979072
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+@pytest.mark.h100_aot
+@pytest.mark.skipif(
+  importlib.util.find_spec('jax_cuda13_plugin') is None,
+  reason='jax-cuda13-plugin, which compiles for CUDA, is not installed',
+)
+@pytest.mark.parametrize('size', SIZES)
+def test_it_compiles_for_an_h100(size):
+  """Registers and shared memory suffice; nothing but the two kernels runs."""
+  choose, specs = on_an_h100(*size)
+  topology = topologies.get_topology_desc(
+    platform='cuda', topology_name='h100', topology='1x1x1', target_config=H100
+  )
+  chip = jax.sharding.SingleDeviceSharding(topology.devices[0])
+  args = [jax.ShapeDtypeStruct(*spec, sharding=chip) for spec in specs]
+  held = [7] if len(args) > 7 else []  # its memory is the output's
+  text = lower(choose, args, donate_argnums=held).compile().as_text()
+  entry = text[text.index('ENTRY') :]
+  assert entry.count(' custom-call(') == 2
+  assert ' copy(' not in entry and ' fusion(' not in entry
