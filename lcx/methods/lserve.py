@@ -29,7 +29,6 @@ from kernels_pallas.block_sparse import (
   dense_blocks,
   mixed,
 )
-from kernels_pallas.selected_token import page_scores
 from lcx import head_profile, policy
 from lcx.cache import Paged
 from lcx.cache.base import CacheShape, split
@@ -302,7 +301,7 @@ class LServeDecode(Decode):
     cache = shards.append(cache, k, rope(k, ctx.positions), v, ctx)
     ids, starts = cache.page_ids(), cache.page_starts()
     newest = ctx.lengths - 1
-    # All rows select on a common step, or the `cond` would never skip it.
+    # All rows choose on a common step, or it would come in almost every one.
     longest, due = jax.lax.pmax(
       (
         jnp.max(newest) + 1,
@@ -313,16 +312,9 @@ class LServeDecode(Decode):
     crossover = self._crossover(q, cache, ctx)
     is_sparse = longest > crossover
     due = (due > 0) & is_sparse
-
-    def select():
-      slots = self._select(q, cache, newest, longest, ctx)
-      return state.replaced(slots, newest, ctx.count).slots
-
-    # Counts stay outside: a `cond` copies what it does not change.
-    slots = jax.lax.cond(due, select, lambda: state.slots)
-    chosen = jnp.where(due, ctx.count, 0)
-    state = state.replaced(state.slots, newest, chosen).served(ctx.count)
-    state = dataclasses.replace(state, slots=slots)
+    slots = self._choose(q, cache, newest, state.slots, due, ctx)
+    state = state.replaced(slots, newest, jnp.where(due, ctx.count, 0))
+    state = state.served(ctx.count)
 
     def attended(ids, starts):
       part = attend_listed(q, cache, ids, starts, ctx)
@@ -360,54 +352,41 @@ class LServeDecode(Decode):
     )
     return measured or 0
 
-  def _select(self, q, cache, newest, longest, ctx: Context):
-    """Slots [B K n] of the pages that retrieval heads see."""
-    starts = cache.page_starts()
-    kv_heads, width = starts.shape[1:]
-    heads = retrieval_heads(cache)
-    own = starts[:, jnp.maximum(heads, 0)]
-    n = min(self.pages(cache.page), width)
-    first = jnp.arange(n, dtype=jnp.int32)
-    everything = own[:, :, :n] <= newest[:, None, None]
-    everything = jnp.where(everything, first, -1)
+  def _choose(self, q, cache, newest, held, due, ctx: Context):
+    """Slots [B K n] of the pages that retrieval heads see: held, if not due."""
 
-    def best():
-      index = top_pages(
-        self.scores(q, cache, heads, ctx),
-        own,
+    def choose():
+      low, high = self.bounds(cache)
+      return top_pages(
+        q,
+        low,
+        high,
+        cache.page_starts(),
         newest,
-        budget=self.pages(cache.page) * cache.page,
+        ctx.valid,
+        pages=self.pages(cache.page),
         sink=self.sink,
         recent=self.recent,
         page=cache.page,
         axis=ctx.axes.seq,
+        group=self.group,
+        heads=retrieval_heads(cache),
+        held=held,
+        due=due,
       )
-      fits = (newest < self.budget)[:, None, None]
-      return jnp.where(fits, everything, index)
 
-    slots = jax.lax.cond(longest <= self.budget, lambda: everything, best)
-    none = jnp.full((slots.shape[0], kv_heads, n), -1, jnp.int32)
-    place = jnp.where(heads < 0, kv_heads, heads)
-    return none.at[:, place].set(slots, mode='drop')
+    if self.scorer == 'bounds':  # they are there; others are made when due
+      return choose()
+    return jax.lax.cond(due, choose, lambda: held)
 
-  def scores(
-    self, q: Float[Array, 'B T N H'], cache, heads, ctx: Context
-  ) -> Float[Array, 'B h W']:
-    """A score per page of the kv heads `heads`: its best logical page's."""
+  def bounds(
+    self, cache
+  ) -> tuple[Float[Array, 'B h C H'], Float[Array, 'B h C H']]:
+    """(low, high) per channel of each logical page, which pages score by."""
     if self.scorer == 'bounds':
-      low, high = cache.bounds()
-    else:
-      mean, deviation = cache.moments()
-      low, high = mean - deviation, mean + deviation
-    batch, length, n_heads, dim = q.shape
-    kv_heads, width = cache.page_starts().shape[1:]
-    q = q.reshape(batch, length, kv_heads, n_heads // kv_heads, dim)
-    q = q[:, :, jnp.maximum(heads, 0)]
-    found = page_scores(q.reshape(batch, length, -1, dim), low, high)
-    found = found.reshape(*q.shape[:4], width, -1).max(axis=-1)  # [B T h G W]
-    found = found.max(axis=3) if self.group == 'max' else found.sum(axis=3)
-    valid = ctx.valid[:, :, None, None]
-    return jnp.max(jnp.where(valid, found, -jnp.inf), axis=1)
+      return cache.bounds()
+    mean, deviation = cache.moments()
+    return mean - deviation, mean + deviation
 
 
 def retrieval_heads(cache) -> Int32[Array, 'h']:

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels_pallas.selected_token import page_scores
 from lcx import cache as caches
 from lcx.methods import shards
 from lcx.methods.base import Context, Decode, Method, Rope
@@ -67,11 +66,15 @@ class QuestDecode(Decode):
     starts = cache.page_starts()
     newest = jnp.max(jnp.where(ctx.valid, ctx.positions, 0), axis=1)
 
+    low, high = cache.bounds()
     index = top_pages(
-      kv_page_scores(q, cache, ctx),
+      q,
+      low,
+      high,
       starts,
       newest,
-      budget=self.budget + pages.page,  # the newest page is rarely full
+      ctx.valid,
+      pages=self.budget // pages.page + 1,  # the newest is rarely full
       sink=self.sink,
       recent=self.recent,
       page=pages.page,
@@ -82,24 +85,6 @@ class QuestDecode(Decode):
     out = shards.merged(part, ctx.axes).astype(q.dtype)
     keys = seen_keys(starts, q, ctx, pages.page)
     return out, cache, state, decode_trace(keys, q, ctx)
-
-
-def kv_page_scores(
-  q: Float[Array, 'B T N H'], cache, ctx: Context
-) -> Float[Array, 'B K W']:
-  """A score per page and kv head: the best over queries and query heads.
-
-  A page scores as its best logical page (LServe, section 3.5.2).
-  """
-  kmin, kmax = cache.bounds()
-  batch, n_kv_heads, n_logical, _ = kmin.shape
-  width = cache.page_ids().shape[2]
-  scores = page_scores(q, kmin, kmax)  # [B T N C]
-  scores = jnp.where(ctx.valid[:, :, None, None], scores, -jnp.inf)
-  scores = scores.reshape(
-    batch, q.shape[1], n_kv_heads, -1, width, n_logical // width
-  )
-  return jnp.max(scores, axis=(1, 3, 5))
 
 
 def seen_keys(starts, q, ctx: Context, page: int) -> Float[Array, 'B']:

@@ -63,10 +63,10 @@ class Choice:
     newest: Int32[Array, 'B'],
     count: Int32[Array, 'B'],
   ) -> 'Choice':
-    """New slots for the rows that answer anything."""
+    """Chosen anew where `count` is above 0; other rows' slots are as before."""
     active = count > 0
     return Choice(
-      jnp.where(active[:, None, None], slots, self.slots),
+      slots,
       jnp.where(active, newest, self.newest),
       jnp.where(active, 0, self.age),
     )

@@ -1,59 +1,87 @@
-"""The best pages by a score, over all sequence shards, some always in.
+"""The best pages by bounds of their keys, over all sequence shards.
 
 Used by Quest (arXiv:2406.10774, section 3.3) and by LServe's page selection
-(arXiv:2502.14866, section 3.5).
+(arXiv:2502.14866, section 3.5). On one shard, it is a kernel's
+(`kernels_pallas.page_choice`); several exchange their best scores.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
+from kernels_pallas import page_choice
 from kernels_pallas.keys import NEVER
 
 
 def top_pages(
-  scores: Float[Array, 'B K W'],
+  q: Float[Array, 'B T N H'],
+  low: Float[Array, 'B h C H'],
+  high: Float[Array, 'B h C H'],
   starts: Int32[Array, 'B K W'],
   newest: Int32[Array, 'B'],
+  valid: Bool[Array, 'B T'],
   *,
-  budget: int,
+  pages: int,
   sink: int,
   recent: int,
   page: int,
   axis: str,
+  group: str = 'max',
+  heads: Int32[Array, 'h'] | None = None,
+  held: Int32[Array, 'B K n'] | None = None,
+  due: Bool[Array, ''] | None = None,
 ) -> Int32[Array, 'B K n']:
-  """Indices of the pages that a budget of tokens buys.
+  """Slots of this shard's pages among the best of all shards.
 
-  Pages that hold one of the first `sink` or last `recent` tokens are always
-  in; they count against the budget. The budget is global: shards exchange the
-  scores of their best pages and keep those above the global k-th.
+  A row that needs at most pages - 1 pages sees everything: over shards, its
+  tokens may take a few more, half full.
 
   Args:
-    scores: this shard's page scores.
-    starts: position of each page's first token; NEVER where unused.
-    newest: position of the newest token of each row.
-    budget: tokens, at least one page.
+    q: rotated queries; scores, and what is not said here, are those of
+      `kernels_pallas.page_choice.choose_pages`.
+    low: this shard's bounds.
+    high: likewise.
+    starts: of this shard's pages; NEVER where unused.
+    newest: position of each row's newest token, on any shard.
+    valid: which queries count.
+    pages: to choose over all shards, a row and kv head.
     sink: first tokens that are always seen.
     recent: last tokens that are always seen.
     page: tokens a page holds.
     axis: name of the mesh axis that shards pages.
+    group: 'max' or 'sum' over query heads.
+    heads: kv head of each row of the bounds.
+    held: the earlier choice, or None.
+    due: whether to choose now, alike on all shards of a row.
 
   Returns:
-    Sorted indices into W, -1 at the end where fewer pages exist;
-    n = min(budget / page, W).
+    Ascending, -1 at the end where fewer pages exist; n = min(pages, W).
   """
-  newest = newest[:, None, None]
-  used = starts <= newest
-  forced = (starts < sink) | (starts + page > newest - recent + 1)
-  scores = jnp.where(forced, jnp.inf, scores.astype(jnp.float32))
-  scores = jnp.where(used, scores, -jnp.inf)
-  count = min(budget // page, scores.shape[-1])
-  best, index = jax.lax.top_k(scores, count)
-  kept = best > -jnp.inf
-  if jax.lax.axis_size(axis) > 1:
-    kept &= _among_global_best(best, jax.lax.axis_index(axis), count, axis)
-  index = jnp.sort(jnp.where(kept, index, NEVER), axis=-1)
-  return jnp.where(index < NEVER, index, -1)
+  kv, width = starts.shape[1:]
+  n = min(pages, width)
+  rule = {'sink': sink, 'recent': recent, 'page': page}
+  which = {'heads': heads, 'held': held, 'due': due}
+  if jax.lax.axis_size(axis) == 1:
+    return page_choice.choose_pages(
+      q, low, high, starts, newest, valid, n=n, group=group, **rule, **which
+    )
+  own = starts if heads is None else starts[:, jnp.maximum(heads, 0)]
+
+  def choose():
+    scores = page_choice.kv_page_scores(
+      *(q, low, high, valid),
+      width=width,
+      kv_heads=kv,
+      group=group,
+      heads=heads,
+    )
+    scores = page_choice.forced_scores(scores, own, newest, **rule)
+    best, slots = jax.lax.top_k(scores, n)
+    kept = _among_global_best(best, jax.lax.axis_index(axis), pages, axis)
+    kept |= (newest < (pages - 1) * page)[:, None, None]
+    return page_choice.ascending(slots, kept & (best > -jnp.inf), width)
+
+  return page_choice.when_due(choose, valid, kv_heads=kv, **which)
 
 
 def _among_global_best(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from kernels_pallas.page_choice import kv_page_scores
 from lcx import head_profile, methods, policy, sharding
 from lcx.cache import CacheShape
 from lcx.engine import Engine
@@ -285,9 +286,15 @@ def test_a_score_is_above_every_key_of_its_page(seed, bits):
   line = Line(dataclasses.replace(CACHE, bits=bits))
   line.read(seed, 61)
   q = tokens(seed + 1, 2)[0]
-  ctx = context(jnp.full((1,), 61), jnp.full((1,), 2), 2)
-  heads = line.cache.stats_heads()
-  found = np.asarray(DECODE.scores(q, line.cache, heads, ctx))[0]
+  found = kv_page_scores(
+    q,
+    *DECODE.bounds(line.cache),
+    jnp.ones((1, 2), bool),
+    width=line.cache.page_starts().shape[2],
+    kv_heads=K,
+    heads=line.cache.stats_heads(),
+  )
+  found = np.asarray(found)[0]
   assert found.shape[0] == 1  # head 1 streams and has no statistics
   for page in range(-(-61 // PAGE)):
     keys = line.k[page * PAGE : (page + 1) * PAGE, 0]
