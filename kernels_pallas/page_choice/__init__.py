@@ -24,6 +24,7 @@ from kernels_pallas.page_choice.scores import (
   ascending,
   forced_scores,
   kv_page_scores,
+  scored_heads,
   when_due,
 )
 
@@ -33,6 +34,7 @@ __all__ = [
   'choose_pages',
   'forced_scores',
   'kv_page_scores',
+  'scored_heads',
   'when_due',
 ]
 
@@ -52,7 +54,7 @@ def choose_pages(
   recent: int,
   page: int,
   group: str = 'max',
-  heads: Int32[Array, 'h'] | None = None,
+  unscored: Bool[Array, 'K'] | None = None,
   held: Int32[Array, 'B K n'] | None = None,
   due: Bool[Array, ''] | None = None,
   implementation: str | None = None,
@@ -72,8 +74,9 @@ def choose_pages(
     recent: last tokens that are always seen.
     page: tokens a page holds.
     group: 'max' or 'sum' over the query heads of a kv head.
-    heads: the kv head of each row of the bounds, each once; -1: of none. None:
-      all, in order (h = K).
+    unscored: kv heads without bounds, for which nothing is chosen. The rows of
+      the bounds are the other heads', in order; the last may be nobody's. None:
+      every head has bounds, h = K.
     held: an earlier choice; comes with `due`. None: there is none.
     due: whether to choose now; else, and for rows that answer nothing, what is
       held stays.
@@ -81,14 +84,14 @@ def choose_pages(
 
   Returns:
     int32 [B K n] slots, ascending, -1 behind the last; of equal pages the
-    earlier is chosen, unused pages never are. -1 everywhere for kv heads that
-    are not among `heads`, and for rows that answer nothing and hold nothing. No
+    earlier is chosen, unused pages never are. -1 everywhere for kv heads
+    without bounds, and for rows that answer nothing and hold nothing. No
     derivative passes.
 
   Raises:
     ValueError: an argument does not fit; the message names it.
   """
-  _check(q, low, high, starts, newest, valid, n, group, heads, held, due)
+  _check(q, low, high, starts, newest, valid, n, group, unscored, held, due)
   q, low, high = jax.lax.stop_gradient((q, low, high))
   kwargs = {
     'n': n,
@@ -96,7 +99,7 @@ def choose_pages(
     'recent': recent,
     'page': page,
     'group': group,
-    'heads': heads,
+    'unscored': unscored,
     'held': held,
     'due': due,
   }
@@ -107,7 +110,7 @@ def choose_pages(
   return run(*args, **kwargs)
 
 
-def _check(q, low, high, starts, newest, valid, n, group, heads, held, due):
+def _check(q, low, high, starts, newest, valid, n, group, unscored, held, due):
   """Refuses what is known to be wrong at trace time."""
   if q.ndim != 4 or starts.ndim != 3:
     raise ValueError(
@@ -122,12 +125,12 @@ def _check(q, low, high, starts, newest, valid, n, group, heads, held, due):
       f'{starts.shape=} must be [B K W] with B = {b} and K dividing '
       f'N = {n_heads}'
     )
-  rows = kv if heads is None else heads.size
   fits = low.ndim == 4 and low.shape == high.shape
-  if not fits or low.shape != (b, rows, low.shape[2], h):
+  rows = kv if unscored is None or not fits else low.shape[1]
+  if not fits or low.shape != (b, rows, low.shape[2], h) or rows > kv:
     raise ValueError(
       f'{low.shape=} and {high.shape=} must be [B h C H] with B = {b}, '
-      f'h = {rows} and H = {h}'
+      f'H = {h}, and h = {kv} or, with `unscored`, fewer'
     )
   if low.dtype != high.dtype:
     raise ValueError(f'{low.dtype=} must be {high.dtype=}')
@@ -143,7 +146,7 @@ def _check(q, low, high, starts, newest, valid, n, group, heads, held, due):
     ('starts', starts, starts.shape, jnp.int32),
     ('newest', newest, (b,), jnp.int32),
     ('valid', valid, (b, t), jnp.bool_),
-    ('heads', heads, (rows,), jnp.int32),
+    ('unscored', unscored, (kv,), jnp.bool_),
     ('held', held, (b, kv, n), jnp.int32),
     ('due', due, (), jnp.bool_),
   ):

@@ -9,6 +9,8 @@ choice is due; then what is held stays where it is, as the output is its memory.
   choice   one program for a (row, kv head): a search for the n-th best score,
            then compaction; bound by the latency of counting
 
+Triton, not Mosaic GPU: its arrays have scans, and stores at masked places.
+
 The search is for a number, not an order: floats map to integers of the same
 order, each pass cuts the interval in three by counting what lies above two
 thresholds (in the halves of one integer: one reduction), and ends as soon as
@@ -82,7 +84,7 @@ class Call(NamedTuple):
   """Whether and for whom to choose: operands of both kernels, or their refs."""
 
   valid: Any  # bool [B T]
-  heads: Any  # int32 [h], or None
+  unscored: Any  # bool [K], or None
   due: Any  # bool [1], or None
 
   def given(self) -> list:
@@ -102,16 +104,25 @@ class Call(NamedTuple):
 
   def head_of(self, row):
     """The kv head of a row of the bounds; -1: none."""
-    return row if self.heads is None else self.heads[row]
+    if self.unscored is None:
+      return row
+    head, rows = jnp.int32(-1), jnp.int32(0)
+    for k in range(self.unscored.shape[0]):
+      scored = ~self.unscored[k]
+      head = jnp.where(scored & (rows == row), k, head)
+      rows += scored.astype(jnp.int32)
+    return head
 
   def row_of(self, head, rows: int):
     """The row of the bounds of a kv head; -1: none."""
-    if self.heads is None:
+    if self.unscored is None:
       return head
-    row = jnp.int32(-1)
-    for i in range(rows):
-      row = jnp.where(self.heads[i] == head, i, row)
-    return row
+    row, before = jnp.int32(-1), jnp.int32(0)
+    for k in range(self.unscored.shape[0]):
+      scored = ~self.unscored[k]
+      row = jnp.where(scored & (head == k), before, row)
+      before += scored.astype(jnp.int32)
+    return jnp.where(row < rows, row, -1)
 
 
 def choose_pages(
@@ -127,7 +138,7 @@ def choose_pages(
   recent: int,
   page: int,
   group: str,
-  heads: Int32[Array, 'h'] | None,
+  unscored: Bool[Array, 'K'] | None,
   held: Int32[Array, 'B K n'] | None,
   due: Bool[Array, ''] | None,
   interpret: bool = False,
@@ -139,7 +150,7 @@ def choose_pages(
   """
   if reason := refuse('choose_pages', q, low, high, starts):
     raise NotImplementedError(reason)
-  call = Call(valid, heads, None if due is None else due.reshape(1))
+  call = Call(valid, unscored, None if due is None else due.reshape(1))
   scores = page_scores(
     q, low, high, starts, newest, call, n=n, sink=sink, recent=recent,
     page=page, group=group, interpret=interpret,

@@ -4,14 +4,15 @@ import jax.numpy as jnp
 
 
 def choose_pages(
-  q, low, high, starts, newest, valid, *, n, sink, recent, page, group, heads,
-  held, due
+  q, low, high, starts, newest, valid, *, n, sink, recent, page, group,
+  unscored, held, due
 ):  # fmt: skip
   """See `kernels_pallas.page_choice.choose_pages`."""
   b, t, _, h = q.shape
   kv, width = starts.shape[1:]
-  if heads is None:
-    heads = jnp.arange(kv)
+  heads = jnp.arange(kv)
+  if unscored is not None:
+    (heads,) = jnp.nonzero(~unscored, size=low.shape[1], fill_value=-1)
   if held is None:
     held, due = jnp.full((b, kv, n), -1, jnp.int32), True
   q = q.astype(jnp.float32).reshape(b, t, kv, -1, h)

@@ -9,6 +9,22 @@ from jaxtyping import Array, Bool, Float, Int32
 from kernels_pallas.selected_token import page_scores
 
 
+def scored_heads(
+  unscored: Bool[Array, 'K'] | None, rows: int
+) -> Int32[Array, 'h'] | None:
+  """The kv head of each of the h = `rows` rows of the bounds; -1: of none.
+
+  None: every head, in order, as `unscored` None says.
+  """
+  if unscored is None:
+    return None
+  scored = ~unscored
+  place = jnp.where(scored, jnp.cumsum(scored) - 1, -1)
+  head = jnp.arange(unscored.shape[0], dtype=jnp.int32)
+  own = place == jnp.arange(rows)[:, None]
+  return jnp.max(jnp.where(own, head, -1), axis=1)
+
+
 def kv_page_scores(
   q: Float[Array, 'B T N H'],
   low: Float[Array, 'B h C H'],
@@ -30,7 +46,7 @@ def kv_page_scores(
     width: W, pages.
     kv_heads: K.
     group: see there.
-    heads: see there; -1 is scored as kv head 0.
+    heads: `scored_heads`; -1 is scored as kv head 0.
 
   Returns:
     float32; -inf where no query is valid.
@@ -87,7 +103,7 @@ def when_due(
     choose: slots of each row of the bounds; called when due.
     valid: as in `choose_pages`, like all that follow.
     kv_heads: K.
-    heads: see there.
+    heads: `scored_heads`.
     held: see there.
     due: see there.
   """

@@ -7,6 +7,7 @@ from kernels_pallas.page_choice.scores import (
   ascending,
   forced_scores,
   kv_page_scores,
+  scored_heads,
   when_due,
 )
 
@@ -18,11 +19,12 @@ def refuse(function: str, *args, **kwargs) -> str | None:
 
 
 def choose_pages(
-  q, low, high, starts, newest, valid, *, n, sink, recent, page, group, heads,
-  held, due
+  q, low, high, starts, newest, valid, *, n, sink, recent, page, group,
+  unscored, held, due
 ):  # fmt: skip
   """See `kernels_pallas.page_choice.choose_pages`."""
   kv, width = starts.shape[1:]
+  heads = scored_heads(unscored, low.shape[1])
   own = starts if heads is None else starts[:, jnp.maximum(heads, 0)]
 
   def everything():

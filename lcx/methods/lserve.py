@@ -370,7 +370,7 @@ class LServeDecode(Decode):
         page=cache.page,
         axis=ctx.axes.seq,
         group=self.group,
-        heads=retrieval_heads(cache),
+        unscored=cache.ring if is_ring(cache) else None,
         held=held,
         due=due,
       )

@@ -27,7 +27,7 @@ def top_pages(
   page: int,
   axis: str,
   group: str = 'max',
-  heads: Int32[Array, 'h'] | None = None,
+  unscored: Bool[Array, 'K'] | None = None,
   held: Int32[Array, 'B K n'] | None = None,
   due: Bool[Array, ''] | None = None,
 ) -> Int32[Array, 'B K n']:
@@ -50,7 +50,7 @@ def top_pages(
     page: tokens a page holds.
     axis: name of the mesh axis that shards pages.
     group: 'max' or 'sum' over query heads.
-    heads: kv head of each row of the bounds.
+    unscored: kv heads without bounds, of which nothing is chosen.
     held: the earlier choice, or None.
     due: whether to choose now, alike on all shards of a row.
 
@@ -60,11 +60,17 @@ def top_pages(
   kv, width = starts.shape[1:]
   n = min(pages, width)
   rule = {'sink': sink, 'recent': recent, 'page': page}
-  which = {'heads': heads, 'held': held, 'due': due}
+  when = {'held': held, 'due': due}
   if jax.lax.axis_size(axis) == 1:
     return page_choice.choose_pages(
-      q, low, high, starts, newest, valid, n=n, group=group, **rule, **which
+      *(q, low, high, starts, newest, valid),
+      n=n,
+      group=group,
+      unscored=unscored,
+      **rule,
+      **when,
     )
+  heads = page_choice.scored_heads(unscored, low.shape[1])
   own = starts if heads is None else starts[:, jnp.maximum(heads, 0)]
 
   def choose():
@@ -81,7 +87,7 @@ def top_pages(
     kept |= (newest < (pages - 1) * page)[:, None, None]
     return page_choice.ascending(slots, kept & (best > -jnp.inf), width)
 
-  return page_choice.when_due(choose, valid, kv_heads=kv, **which)
+  return page_choice.when_due(choose, valid, kv_heads=kv, heads=heads, **when)
 
 
 def _among_global_best(

@@ -30,7 +30,8 @@ def case(
   width=37,
   per_page=4,
   n=9,
-  heads=(1, -1),
+  unscored=(True, False),
+  rows=2,
   page=8,
   dtype=jnp.bfloat16,
   draw='normal',
@@ -41,7 +42,7 @@ def case(
   """
   rng = np.random.default_rng(seed)
   b, t = len(lengths), max(count)
-  rows = kv if heads is None else len(heads)
+  rows = rows if unscored else kv
   newest = np.asarray(lengths, np.int32) - 1
   starts = np.broadcast_to(np.arange(width) * page, (b, kv, width))
   unused = starts > newest[:, None, None]
@@ -64,7 +65,7 @@ def case(
     *(jnp.asarray(x) for x in (starts, newest, valid)),
   )
   return args, {
-    'heads': None if heads is None else jnp.asarray(heads, jnp.int32),
+    'unscored': jnp.asarray(unscored) if unscored else None,
     'held': jnp.asarray(rng.integers(-1, width, (b, kv, n)), jnp.int32),
     'due': jnp.array(True),
     'n': n,
@@ -77,7 +78,7 @@ def case(
 
 def run(name, args, kwargs):
   """An implementation's choice, jitted."""
-  arrays = {k: kwargs[k] for k in ('heads', 'held', 'due')}
+  arrays = {k: kwargs[k] for k in ('unscored', 'held', 'due')}
   static = {k: v for k, v in kwargs.items() if k not in arrays}
   call = functools.partial(IMPLEMENTATIONS[name], **static)
   return np.asarray(jax.jit(lambda a, k: call(*a, **k))(args, arrays))
@@ -88,11 +89,15 @@ def run(name, args, kwargs):
   'shape, rest',
   (
     ({}, {}),
-    ({'group': 1, 'heads': (0, 1), 'draw': 'ties'}, {}),
-    ({'group': 8, 'kv': 3, 'heads': (2, 0), 'dtype': jnp.float32}, {}),
+    ({'group': 1, 'unscored': (False, False), 'draw': 'ties'}, {}),
+    (
+      {'kv': 4, 'unscored': (False, True, False, False), 'group': 8}
+      | {'dtype': jnp.float32},
+      {},
+    ),
     ({'group': 3, 'per_page': 1, 'draw': 'ties'}, {'group': 'sum'}),
-    ({'group': 1, 'heads': None, 'h': 128}, {'held': None, 'due': None}),
-    ({'heads': None, 'n': 37, 'dtype': jnp.float16}, {'sink': 0}),
+    ({'group': 1, 'unscored': None, 'h': 128}, {'held': None, 'due': None}),
+    ({'unscored': None, 'n': 37, 'dtype': jnp.float16}, {'sink': 0}),
     ({'n': 2, 'draw': 'ties'}, {'recent': 200}),  # more forced than chosen
   ),
 )
@@ -107,9 +112,8 @@ def test_it_equals_the_definition(name, shape, rest):
     assert np.all(got[3] == -1)  # nothing to answer, nothing held
     return
   np.testing.assert_array_equal(got[3], kwargs['held'][3])
-  heads = range(len(got[0])) if kwargs['heads'] is None else kwargs['heads']
-  others = set(range(len(got[0]))) - {int(head) for head in heads}
-  assert np.all(got[0, sorted(others)] == -1)
+  if kwargs['unscored'] is not None:
+    np.testing.assert_array_equal(got[0][kwargs['unscored']], -1)
 
 
 @pytest.mark.parametrize('name', IMPLEMENTATIONS)
@@ -124,19 +128,19 @@ def test_what_is_held_stays_until_it_is_due(name):
 @pytest.mark.parametrize('dtype', (jnp.bfloat16, jnp.float32))
 @pytest.mark.parametrize('how', page_choice.GROUPS)
 def test_scores_of_the_kernel_and_of_xla_agree(dtype, how):
-  args, kwargs = case(group=3, kv=2, heads=(0, 1), n=1, dtype=dtype, per_page=2)
+  args, _ = case(group=3, kv=2, unscored=None, n=1, dtype=dtype, per_page=2)
   q, low, high, starts, newest, valid = args
   static = {'sink': 4, 'recent': 20, 'page': 8}
   got = gpu.page_scores(
     *args[:5],
-    gpu.Call(valid, kwargs['heads'], None),
+    gpu.Call(valid, None, None),
     n=1,
     group=how,
     interpret=True,
     **static,
   )
   want = page_choice.kv_page_scores(
-    q, low, high, valid, width=37, kv_heads=2, group=how, heads=kwargs['heads']
+    q, low, high, valid, width=37, kv_heads=2, group=how
   )
   want = page_choice.forced_scores(want, starts, newest, **static)
   answers = np.asarray(valid[:, 0])
@@ -144,6 +148,49 @@ def test_scores_of_the_kernel_and_of_xla_agree(dtype, how):
   np.testing.assert_array_equal(np.isinf(got), np.isinf(want))
   some = np.isfinite(want)
   np.testing.assert_allclose(got[some], want[some], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('draw', ('ties', 'normal'))
+@pytest.mark.parametrize('width, t', ((2056, 1), (2056, 16), (16392, 1)))
+def test_on_a_gpu(width, t, draw):
+  """Compiled: choices where sums are exact, scores where they are rounded."""
+  args, kwargs = case(
+    lengths=(width * 64 - 70, 3000, 100000),
+    count=(t, t, 0),
+    kv=8,
+    h=128,
+    width=width,
+    n=65,
+    unscored=(True, False) * 4,
+    rows=4,
+    page=64,
+    draw=draw,
+  )
+  kwargs |= {'sink': 64, 'recent': 256}
+  q, low, high, starts, newest, valid = args
+  want = np.asarray(reference.choose_pages(*args, **kwargs))
+  got = np.asarray(
+    page_choice.choose_pages(*args, **kwargs, implementation='gpu')
+  )
+  np.testing.assert_array_equal(got[1:], want[1:])
+  if draw == 'ties':
+    np.testing.assert_array_equal(got, want)
+  kept = page_choice.choose_pages(
+    *args, **kwargs | {'due': jnp.array(False)}, implementation='gpu'
+  )
+  np.testing.assert_array_equal(kept, kwargs['held'])
+  heads = page_choice.scored_heads(kwargs['unscored'], 4)
+  scores = page_choice.kv_page_scores(
+    q, low, high, valid, width=width, kv_heads=8, heads=heads
+  )
+  rule = {k: kwargs[k] for k in ('sink', 'recent', 'page')}
+  scores = page_choice.forced_scores(scores, starts[:, heads], newest, **rule)
+  scores = np.asarray(scores[0])
+  for row, head in enumerate(np.asarray(heads)):
+    best = np.sort(scores[row])[::-1][:65]
+    mine = np.sort(scores[row, got[0, head]])[::-1]
+    np.testing.assert_allclose(mine, best, rtol=1e-3, atol=1e-3)
 
 
 def hard_scores(rng, width):
@@ -198,15 +245,17 @@ def test_scores_that_are_no_numbers_stay_within_the_list():
     ({'n': 38}, 'within 1 and W=37'),
     ({'group': 'mean'}, "group='mean'"),
     ({'due': None}, 'come together'),
-    ({'heads': jnp.zeros((3,), jnp.int32)}, 'h = 3'),
+    ({'unscored': jnp.zeros((3,), bool)}, r'unscored is bool\[3\]'),
+    ({'low': jnp.zeros((4, 3, 148, 64))}, 'h = 2'),
     ({'due': jnp.ones((1,), bool)}, r'due is bool\[1\]'),
     ({'implementation': 'tpu'}, 'cannot be loaded'),
   ),
 )
 def test_bad_arguments_are_refused(change, message):
   args, kwargs = case()
+  names = ('q', 'low', 'high', 'starts', 'newest', 'valid')
   with pytest.raises(ValueError, match=message):
-    page_choice.choose_pages(*args, **{**kwargs, **change})
+    page_choice.choose_pages(**{**dict(zip(names, args)), **kwargs, **change})
 
 
 @pytest.mark.parametrize(
@@ -241,13 +290,13 @@ def on_an_h100(width, rows, n, t):
   specs = [((1, t, 32, 128), jnp.bfloat16), bounds, bounds]
   specs += [((1, 8, width), jnp.int32), ((1,), jnp.int32), ((1, t), bool)]
   if rows:
-    specs += [((rows,), jnp.int32), ((1, 8, n), jnp.int32), ((), bool)]
+    specs += [((8,), bool), ((1, 8, n), jnp.int32), ((), bool)]
 
   def choose(*args):
-    heads, held, due = args[6:] if rows else (None, None, None)
+    unscored, held, due = args[6:] if rows else (None, None, None)
     return gpu.choose_pages(
-      *args[:6], n=n, sink=64, recent=256, page=64, group='max', heads=heads,
-      held=held, due=due
+      *args[:6], n=n, sink=64, recent=256, page=64, group='max',
+      unscored=unscored, held=held, due=due
     )  # fmt: skip
 
   return choose, specs
