@@ -315,15 +315,14 @@ def _few_tokens_layer(
 
   heads = P(AXES.data, None, AXES.model)
   cache_specs, state_specs = plan.cache_specs(), plan.state_specs()
-  q, k, v = attention_inputs(layer_weights, x, plan.config, plan.mesh)
+  q, k, v = attention_inputs(layer_weights, x, plan.config)
   out, cache, state, sums = plan.sharded(
     attend,
     (heads, heads, heads, cache_specs, state_specs)
     + (_ROWS, _ROWS, _ROWS, P(), P()),
     (heads, cache_specs, state_specs, _ROWS),
   )(q, k, v, cache, state, lengths, tail, count, layer, seed)
-  x = layer_output(layer_weights, x, out, plan.config, mesh=plan.mesh)
-  return x, cache, state, sums
+  return layer_output(layer_weights, x, out, plan.config), cache, state, sums
 
 
 def _few_tokens(

@@ -12,10 +12,6 @@ them fastest ([D F]; for 2,048 tokens [F D] takes 1.6 times as long on a CPU).
 q, k and v are one matrix [D K G+2 H]: kv head by kv head, its G query heads,
 its key, its value. gate and up are one matrix [D 2 F]. One product instead of
 three or two, and each splits over a mesh axis without moving anything.
-
-Launches. On a GPU a layer of a decode step is bound by the number of kernels.
-Where the weights lie whole on one (`mesh`), the products of a few tokens are
-four launches, norms, bias, gate and residuals included: `decode_matmul`.
 """
 
 import dataclasses
@@ -29,7 +25,6 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas import decode_matmul
 from lcx import sharding
 from lcx.models.config import ModelConfig
 from lcx.models.low_bit import LowBit
@@ -257,44 +252,19 @@ def embed(
     return jnp.take(weights['table'], tokens, axis=0, mode='clip')
 
 
-def _few_on_one_gpu(x, mesh, *matrices) -> bool:
-  # The partitioner cannot split a kernel: it would gather what a mesh splits.
-  if mesh is None or mesh.size > 1:
-    return False
-  return decode_matmul.serves(x.shape[0] * x.shape[1], *matrices)
-
-
 def attention_inputs(
-  layer: dict[str, jax.Array],
-  x: Float[Array, 'B T D'],
-  config: ModelConfig,
-  mesh: jax.sharding.Mesh | None = None,
+  layer: dict[str, jax.Array], x: Float[Array, 'B T D'], config: ModelConfig
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Norm, projections, bias and QK norm; nothing is rotated.
-
-  Args:
-    layer: one of `Weights.layers`.
-    x: the layer's input.
-    config: the model.
-    mesh: what the weights are spread over; None: not known here.
 
   Returns:
     q [B T N H], k [B T K H], v [B T K H] in x's dtype.
   """
   with jax.named_scope('attention_inputs'):
-    matrix, bias = layer['qkv'], layer.get('qkv_bias')
-    if _few_on_one_gpu(x, mesh, (matrix, 1)):
-      qkv = decode_matmul.matmul(
-        x.reshape(-1, x.shape[-1]),
-        matrix.reshape(x.shape[-1], -1),
-        norm=layer['attention_norm'],
-        eps=config.norm_eps,
-        add=None if bias is None else bias.reshape(1, -1),
-      ).reshape(*x.shape[:2], *matrix.shape[1:])
-    else:
-      x = rms_norm(x, layer['attention_norm'], config.norm_eps)
-      qkv = _einsum('btd,dkch->btkch', x, matrix)
-      qkv = qkv if bias is None else qkv + bias
+    x = rms_norm(x, layer['attention_norm'], config.norm_eps)
+    qkv = _einsum('btd,dkch->btkch', x, layer['qkv'])
+    if config.qkv_bias:
+      qkv = qkv + layer['qkv_bias']
     q, k, v = split_qkv(qkv)
     if config.qk_norm:
       q = rms_norm(q, layer['q_norm'], config.norm_eps)
@@ -308,7 +278,6 @@ def layer_output(
   attention: Float[Array, 'B T N H'],
   config: ModelConfig,
   chunk: int | None = None,
-  mesh: jax.sharding.Mesh | None = None,
 ) -> Float[Array, 'B T D']:
   """Output projection, residual, norm, gated feed-forward, residual.
 
@@ -321,13 +290,8 @@ def layer_output(
       [B chunk 2F] intermediate; None: all. On a CPU 512 keep it in the cache:
       SmolLM2, 2,048 tokens, one core: 102 ms a layer instead of 120. Where
       the sequence is sharded, give None: chunks would cross the shards.
-    mesh: what the weights are spread over; None: not known here.
   """
   length = x.shape[1]
-  if _few_on_one_gpu(
-    x, mesh, (layer['o'], 2), (layer['gate_up'], 1), (layer['down'], 1)
-  ):
-    return _few_output(layer, x, attention, config)
   if chunk is None or chunk >= length:
     return _layer_output(layer, x, attention, config)
   whole = length - length % chunk
@@ -359,20 +323,6 @@ def _layer_output(layer, x, attention, config):
     y = _einsum('btd,dcf->btcf', y, layer['gate_up'])
     y = jax.nn.silu(y[..., 0, :]) * y[..., 1, :]
     return x + _einsum('btf,fd->btd', y, layer['down'])
-
-
-def _few_output(layer, x, attention, config):
-  rows = x.reshape(-1, x.shape[-1])
-  with jax.named_scope('attention_output'):
-    attention = attention.astype(x.dtype).reshape(rows.shape[0], -1)
-    o = layer['o'].reshape(-1, x.shape[-1])
-    rows = decode_matmul.matmul(attention, o, add=rows)
-  with jax.named_scope('feed_forward'):
-    y = decode_matmul.gated_matmul(
-      rows, layer['gate_up'], norm=layer['ff_norm'], eps=config.norm_eps
-    )
-    rows = decode_matmul.matmul(y, layer['down'], add=rows)
-  return rows.reshape(x.shape)
 
 
 def logits(
