@@ -74,7 +74,7 @@ def choose(
     implementation: a name, which is used or refused with the reason; or None:
       the first of the platform's order that takes the arguments (GPU: 'gpu' on
       Hopper, then 'xla'; TPU: 'tpu', then 'xla'; else 'xla'), logged once.
-    family: 'block_sparse', 'selected_token' or 'passing_block'.
+    family: a folder beside this file: 'block_sparse', 'selected_token', ....
     function: the public function's name.
     *args: the call's arguments, for `refuse`.
     **kwargs: likewise.

@@ -14,7 +14,8 @@ Triton, not Mosaic GPU: its arrays have scans, and stores at masked places.
 The search is for a number, not an order: floats map to integers of the same
 order, each pass cuts the interval in three by counting what lies above two
 thresholds (in the halves of one integer: one reduction), and ends as soon as
-exactly n lie above one. On 2K to 16K scores that takes about 10 passes.
+exactly n lie above one: 5 to 12 passes on average for 2K to 16K normal or
+log-normal scores, 16 at most seen.
 """
 
 import dataclasses
