@@ -50,8 +50,8 @@ class Config:
     weights: '' (as the preset has them), 'w8a8', 'w4a16' or 'fp8'.
     dtype: of weights and activations.
     steps: decoded in one sample.
-    layer_steps: the same of one layer, so many that what a call costs once (1 to
-      2 ms) is a small part.
+    layer_steps: the same of one layer, so many that what a call costs once (1
+      to 2 ms) is a small part.
     repeats: samples.
     layers: of the model that are kept; 0: all. (Times of fewer layers are no
       times of the model.)
