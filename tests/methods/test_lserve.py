@@ -491,7 +491,11 @@ def test_with_streaming_heads_full_budget_equals_dense():
 
 @pytest.mark.mesh
 @pytest.mark.parametrize(
-  'budget, contexts', ((4096, (300, 120)), (128, (300, 115)))
+  'budget, contexts',
+  (
+    pytest.param(4096, (300, 120), marks=pytest.mark.long),
+    (128, (300, 115)),
+  ),
 )
 def test_sharded_equals_unsharded_with_streaming_heads(budget, contexts):
   """Windows that cross shards; a half full page behind which others follow.
