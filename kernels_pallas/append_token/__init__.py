@@ -1,9 +1,9 @@
 """One decoded token a row into a cache: everything that an append does.
 
-On a GPU a decode step is a chain of small kernels, about 1 us each however
-little they do: cursor, page table, page grant, keys, values and statistics of
-one token are a dozen of them, as much time as attention over 4,096 tokens
-takes. `gpu.py` does all of it in one launch, in place. It has no twin here:
+On a GPU a decode step is a chain of small kernels, each of which costs time
+however little it does: cursor, page table, page grant, keys, values and
+statistics of one token are a dozen of them. `gpu.py` does all of it in one
+launch, in place. It has no twin here:
 elsewhere, and for several tokens, the caches' own `append` says the same in
 plain array operations (lcx/cache), against which it is tested.
 """

@@ -29,26 +29,26 @@ class Rules:
     page: tokens of a page.
     logical: tokens of a page of the statistics.
     capacity: tokens a row may hold; None: without end.
-    sink_pages: pages of ring heads that stay.
-    ring_pages: pages of ring heads that are used again and again.
     statistics: 'bounds' (least and largest key), 'moments' (sums of keys and of
       their squares), or '' (no statistics).
     ok: a row's status while it takes tokens.
     position_gap: its status after a token that continues nothing.
     over_capacity: after one too many.
     out_of_pages: after one for which no page was free.
+    sink_pages: pages of ring heads that stay.
+    ring_pages: pages of ring heads that are used again and again.
   """
 
   page: int
   logical: int
   capacity: int | None
-  sink_pages: int
-  ring_pages: int
   statistics: str
   ok: int
   position_gap: int
   over_capacity: int
   out_of_pages: int
+  sink_pages: int = 0
+  ring_pages: int = 0
 
 
 class Cursors(NamedTuple):

@@ -1,8 +1,8 @@
 """page_choice on NVIDIA GPUs: two small kernels in Pallas Triton.
 
-A decode step is a chain of launches of a microsecond each, and a `cond` costs
-several. So both kernels are launched in every step, and end at once where no
-choice is due; then what is held stays where it is, as the output is its memory.
+A decode step is a chain of short launches, and a `cond` costs several. So both
+kernels are launched in every step, and end at once where no choice is due; then
+what is held stays where it is, as the output is its memory.
 
   scores   one program for some pages of a (row, row of the bounds): reads their
            bounds once, two products on the tensor core; bound by bytes

@@ -9,20 +9,16 @@ from jaxtyping import Array, Bool, Float, Int32
 from kernels_pallas.selected_token import page_scores
 
 
-def scored_heads(
-  unscored: Bool[Array, 'K'] | None, rows: int
-) -> Int32[Array, 'h'] | None:
-  """The kv head of each of the h = `rows` rows of the bounds; -1: of none.
-
-  None: every head, in order, as `unscored` None says.
-  """
-  if unscored is None:
-    return None
-  scored = ~unscored
-  place = jnp.where(scored, jnp.cumsum(scored) - 1, -1)
-  head = jnp.arange(unscored.shape[0], dtype=jnp.int32)
-  own = place == jnp.arange(rows)[:, None]
-  return jnp.max(jnp.where(own, head, -1), axis=1)
+def scored_heads(unscored: Bool[Array, 'K'], rows: int) -> Int32[Array, 'h']:
+  """The kv head of each of the h = `rows` rows of the bounds; -1: of none."""
+  # Head by head, all of it fuses: on a GPU `nonzero` would be five kernels, a
+  # sum one.
+  heads, nth = jnp.full((rows,), -1, jnp.int32), jnp.int32(0)
+  for head in range(unscored.shape[0]):
+    scored = ~unscored[head]
+    heads = jnp.where(scored & (nth == jnp.arange(rows)), head, heads)
+    nth += scored
+  return heads
 
 
 def kv_page_scores(
@@ -46,7 +42,7 @@ def kv_page_scores(
     width: W, pages.
     kv_heads: K.
     group: see there.
-    heads: `scored_heads`; -1 is scored as kv head 0.
+    heads: `scored_heads`, of which -1 is scored as kv head 0; None: every head.
 
   Returns:
     float32; -inf where no query is valid.
@@ -103,7 +99,7 @@ def when_due(
     choose: slots of each row of the bounds; called when due.
     valid: as in `choose_pages`, like all that follow.
     kv_heads: K.
-    heads: `scored_heads`.
+    heads: `scored_heads`; None: every head.
     held: see there.
     due: see there.
   """

@@ -24,7 +24,9 @@ def choose_pages(
 ):  # fmt: skip
   """See `kernels_pallas.page_choice.choose_pages`."""
   kv, width = starts.shape[1:]
-  heads = scored_heads(unscored, low.shape[1])
+  heads = None
+  if unscored is not None:
+    heads = scored_heads(unscored, low.shape[1])
   own = starts if heads is None else starts[:, jnp.maximum(heads, 0)]
 
   def everything():

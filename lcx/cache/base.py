@@ -49,6 +49,15 @@ class Status(enum.IntEnum):
   RING_LOST = 4  # truncated by more than the slack: recent tokens are gone
 
 
+# As `kernels_pallas.append_token.Rules` asks for them.
+STATUSES = {
+  'ok': Status.OK,
+  'position_gap': Status.POSITION_GAP,
+  'over_capacity': Status.OVER_CAPACITY,
+  'out_of_pages': Status.OUT_OF_PAGES,
+}
+
+
 class Shards(NamedTuple):
   """Devices along each mesh axis that split a cache."""
 

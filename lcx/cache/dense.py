@@ -11,6 +11,7 @@ from kernels_pallas import append_token
 from kernels_pallas.keys import NEVER, Pages
 from lcx.cache.base import (
   ROWS,
+  STATUSES,
   CacheShape,
   Status,
   arriving,
@@ -188,13 +189,8 @@ class DenseCache:
       page=self.page,
       logical=self.page,
       capacity=self.k.shape[2],
-      sink_pages=0,
-      ring_pages=0,
       statistics='' if self.stats is None else 'bounds',
-      ok=Status.OK,
-      position_gap=Status.POSITION_GAP,
-      over_capacity=Status.OVER_CAPACITY,
-      out_of_pages=Status.OUT_OF_PAGES,
+      **STATUSES,
     )
     pool = self.pages()
     k, v = k[:, 0].astype(pool.k.dtype), v[:, 0].astype(pool.v.dtype)

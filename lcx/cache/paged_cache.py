@@ -27,7 +27,9 @@ from jaxtyping import Array, Bool, Float, Int32
 from kernels_pallas import append_token
 from kernels_pallas.block_sparse import EVERYTHING
 from kernels_pallas.keys import NEVER, Pages, dequantise
+from kernels_pallas.page_choice import scored_heads
 from lcx.cache.base import (
+  STATUSES,
   Status,
   arriving,
   check_tier,
@@ -169,10 +171,7 @@ class PagedCache:
       sink_pages=config.sink_pages,
       ring_pages=config.ring_pages,
       statistics='' if self.stats is None else config.stats,
-      ok=Status.OK,
-      position_gap=Status.POSITION_GAP,
-      over_capacity=Status.OVER_CAPACITY,
-      out_of_pages=Status.OUT_OF_PAGES,
+      **STATUSES,
     )
     k, v = k[:, 0], v[:, 0]
     tokens = encode(k, v, config.bits)
@@ -346,14 +345,7 @@ class PagedCache:
     n = 0 if self.stats is None else jax.tree.leaves(self.stats)[0].shape[1]
     if not self.config.has_ring:
       return jnp.arange(n, dtype=jnp.int32)
-    # Head by head, all of it fuses: `nonzero` would be five kernels in every
-    # decode step, a sum one.
-    heads, nth = jnp.full((n,), -1, jnp.int32), jnp.int32(0)
-    for head in range(self.ring.shape[0]):
-      full = ~self.ring[head]
-      heads = jnp.where(full & (nth == jnp.arange(n)), head, heads)
-      nth += full
-    return heads
+    return scored_heads(self.ring, n)
 
   def nbytes(self, tier: str = 'device') -> dict[str, int]:
     """Bytes by part, allocated whether used or not."""

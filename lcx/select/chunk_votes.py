@@ -8,7 +8,7 @@ TILE_SCORES logits in memory. Tiles behind a group's last candidate are skipped.
 
 A few chunks do not fill an accelerator with rows of queries: on an H200 one of
 them took 1.6 ms over 128K keys by that kernel, as long as dense attention of
-all its rows (experiments/results/tokenselect_speed.jsonl). Where the logits of
+all its rows (experiments/results/superseded_speed.jsonl). Where the logits of
 all chunks fit into ONCE_SCORES, they are kept, keys are read once, and every
 step is spread over the keys.
 """

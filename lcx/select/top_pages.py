@@ -70,7 +70,9 @@ def top_pages(
       **rule,
       **when,
     )
-  heads = page_choice.scored_heads(unscored, low.shape[1])
+  heads = None
+  if unscored is not None:
+    heads = page_choice.scored_heads(unscored, low.shape[1])
   own = starts if heads is None else starts[:, jnp.maximum(heads, 0)]
 
   def choose():

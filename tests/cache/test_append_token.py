@@ -68,9 +68,9 @@ def test_one_launch_appends_like_array_operations(name, interpreted):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not dispatch.prefers('gpu'), reason='no Hopper GPU')
 @pytest.mark.parametrize('name', CONFIGS)
 def test_it_does_on_a_gpu(name):
+  assert dispatch.prefers('gpu'), 'an older GPU would compare XLA with itself'
   check(name)
 
 
