@@ -8,6 +8,7 @@ JAX's coordination service, so that nobody waits in a collective for a process
 that never enters it.
 """
 
+import atexit
 import contextlib
 import json
 import os
@@ -34,7 +35,7 @@ class _State:
   client: Any = None
   heartbeat = 0
   names: tuple[str, ...] = ()
-  ending = False
+  ending = threading.Event()
   shared = 0
 
 
@@ -120,7 +121,9 @@ def start(
   )
   sys.stderr.write(witness.NAMES + json.dumps(_STATE.names) + '\n')
   sys.stderr.flush()
-  threading.Thread(target=_listen, daemon=True).start()
+  listener = threading.Thread(target=_listen, name='listener', daemon=True)
+  listener.start()
+  atexit.register(_end_listening, listener)
 
 
 def _put_witness_behind(heartbeat: int) -> None:
@@ -197,7 +200,7 @@ def fail(line: str, code: int) -> None:
     return
   if _LOST.search(line):
     time.sleep(_STATE.heartbeat + _GRACE)  # JAX ends this process meanwhile
-  _STATE.ending = True
+  _STATE.ending.set()
   print(f'error: {line}', file=sys.stderr)
   with contextlib.suppress(RuntimeError, ValueError):  # nobody is left to tell
     _STATE.client.key_value_set(f'{_FAILED}{index()}', line)
@@ -224,13 +227,18 @@ def _numbers(folder: str) -> dict[int, str]:
   return {int(key.rpartition('/')[2]): value for key, value in found}
 
 
+def _end_listening(listener: threading.Thread) -> None:
+  """Before the interpreter ends: a thread that it finds in C++ aborts it."""
+  _STATE.ending.set()
+  listener.join(_GRACE)
+
+
 def _listen() -> None:
   """A thread: ends this process when another says that it failed."""
-  while not _STATE.ending:
-    time.sleep(_POLL)
+  while not _STATE.ending.wait(_POLL):
     failed = _numbers(_FAILED)
-    if failed and index() not in failed and not _STATE.ending:
-      _STATE.ending = True
+    if failed and index() not in failed and not _STATE.ending.is_set():
+      _STATE.ending.set()
       first = min(failed)
       print(
         f'error: process {first} ({_STATE.names[first]}): {failed[first]}',

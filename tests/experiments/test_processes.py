@@ -179,6 +179,29 @@ def check_real(tmp_path, start, n, hosts):
     assert got[name] == want[name], name
 
 
+LEAVES = """
+import atexit, sys, threading
+from experiments import processes
+names = lambda: [thread.name for thread in threading.enumerate()]
+atexit.register(lambda: print('left:', 'listener' in names()))
+_, coordinator, total, process, heartbeat = (
+  x.rpartition('=')[2] for x in ['', *sys.argv[1:]]
+)
+processes._POLL = 1e-4
+processes.start(coordinator, int(total), int(process), heartbeat=int(heartbeat))
+print('begun:', 'listener' in names())
+processes.finish()
+"""
+
+
+def test_no_thread_outlives_a_good_run(tmp_path, start):
+  """The interpreter's end aborts a process whose thread is in C++ then."""
+  codes, texts = start(tmp_path, 2, [], ['-c', LEAVES]).wait(60)
+  assert codes == [0, 0], texts
+  for text in texts:
+    assert 'begun: True' in text and 'left: False' in text, text
+
+
 def test_two_processes_answer_as_one(tmp_path, start):
   check_real(tmp_path, start, 2, 2)
 
