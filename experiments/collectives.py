@@ -5,7 +5,8 @@ Of a device, with P in its group and n bytes of result or operand:
   all-gather, all-to-all  (P - 1) / P * result
   all-reduce              2 (P - 1) / P * result
   reduce-scatter          (P - 1) * result
-  collective-permute      result
+  collective-permute      pairs / devices * result: the mean of all devices,
+                          where not each of them receives
 """
 
 import math
@@ -22,6 +23,7 @@ _OP = re.compile(
 _ARRAY = re.compile(r'(\w+)\[([\d,]*)\]')
 _LISTED = re.compile(r'replica_groups=\{\{([\d,]*)\}')
 _MESH = re.compile(r'replica_groups=mesh\[(.*?)\] \{(.*?)\}')
+_PAIRS = re.compile(r'source_target_pairs=\{(\{[\d,{}]*\})\}')
 _IOTA = re.compile(r'replica_groups=\[(\d+),(\d+)\]')
 
 
@@ -30,7 +32,7 @@ def collective_bytes(text: str, devices: int) -> dict[str, float]:
 
   Args:
     text: `compiled.as_text()`.
-    devices: of the program, where an op names no groups.
+    devices: of the program: where an op names no groups, and of permutes.
 
   Each op counts once, in a loop or a branch, too.
   """
@@ -55,11 +57,18 @@ def collective_bytes(text: str, devices: int) -> dict[str, float]:
       'all-to-all': (group - 1) / group,
       'all-reduce': 2 * (group - 1) / group,
       'reduce-scatter': group - 1,
-      'collective-permute': 1,
+      'collective-permute': (len(permuted(line)) or devices) / devices,
     }[op]
     if group > 1 or op == 'collective-permute':
       found[op] = found.get(op, 0.0) + share * size
   return found
+
+
+def permuted(line: str) -> tuple[tuple[int, int], ...]:
+  """(from, to) of each pair of devices of a collective-permute's line."""
+  match = _PAIRS.search(line)
+  pairs = re.findall(r'\{(\d+),(\d+)\}', match[1]) if match else []
+  return tuple((int(a), int(b)) for a, b in pairs)
 
 
 def _group(line: str) -> int:

@@ -7,22 +7,31 @@ system prompt, the question and the document's start; the local block is its
 piece. A layer does:
 
   1. score the local keys, keep the best `passing` a kv head (compressor),
-  2. all-gather them,
+  2. send them to the later hosts,
   3. attend: anchor rows causally to the anchor; local rows to the passing
      blocks of earlier hosts, the anchor, and causally to their own block,
   4. drop anchor and passing keys; the cache holds local keys alone.
 
 The question then runs through the decode path, exactly, over all hosts' caches.
 
-With the gathered blocks rolled so that earlier hosts' stand last, what a row
+With the passing blocks rolled so that earlier hosts' stand last, what a row
 sees is one interval of [passing | anchor | local].
 
-Bytes that a device receives a layer, for P devices, L_h hosts each, e bytes an
-element (tests/methods/test_distributed.py reads them off the programs):
-  passing blocks   (P - 1) * L_h * 2 * B * passing * K * H * e
+Bytes that a device receives a layer, the mean of P devices, L_h hosts each,
+e bytes an element, S = L_h * 2 * B * passing * K * H * e (all that one device
+passes on; tests/methods/test_distributed.py reads them off the programs):
+  passing blocks   exchange='gather'               (P - 1) * S
+                   exchange='forward', contiguous  (P - 1) / 2 * S
+                   exchange='forward', zigzag      3 / 4 * (P - 1) * S
   shared anchor    (P - 1) / P * B * anchor * (2 K * H * e + 1) more; with a
                    query-aware compressor also its queries, N * H * e
 Where `every` = m, all of it in one layer of m; Star passes nothing.
+
+'forward' sends what is read and no more: contiguous hosts are followed by those
+of later devices. Zigzag hosts read more: a device's second half follows every
+device's first half (an all-gather) and the second halves of later devices. In
+all three the busiest device (contiguous: the last; zigzag: the first) receives
+(P - 1) * S: 'forward' helps where links are shared, not the busiest receiver.
 
 Differences from the public code: the first host's compressor knows the
 question, too (it holds the anchor; its local rows see the question only if
@@ -61,6 +70,7 @@ from lcx.select.compressors import COMPRESSORS, Block
 from lcx.select.xattention import xattention
 
 Order = Literal['contiguous', 'zigzag']
+Exchange = Literal['gather', 'forward']
 EVERY_TOKEN = -1  # passing: all of a block
 
 
@@ -79,6 +89,9 @@ class ApbPrefill(Prefill):
     shared_anchor: anchor rows are spread over the hosts, computed once, and
       gathered, instead of being computed by every host.
     order: 'zigzag' gives a device hosts i and H - 1 - i, for balance.
+    exchange: 'gather' sends each passing block to all devices, 'forward' to
+      those that read it, by P - 1 permutes that do not wait for one another;
+      the results are the same bits.
     every: layers between two exchanges; the others see anchor and local keys.
     first_sees_query: the first host's local rows see the anchor's question, so
       that the block it passes on is query-aware (the paper's is not).
@@ -100,6 +113,7 @@ class ApbPrefill(Prefill):
   query_in_anchor: bool = True
   shared_anchor: bool = False
   order: Order = 'contiguous'
+  exchange: Exchange = 'gather'
   every: int = 1
   first_sees_query: bool = False
   gap: bool = False
@@ -141,6 +155,10 @@ class ApbPrefill(Prefill):
       raise ValueError(f'hosts={self.hosts} must be at least 1')
     if self.order not in get_args(Order):
       raise ValueError(f'order={self.order!r} must be one of {get_args(Order)}')
+    if self.exchange not in get_args(Exchange):
+      raise ValueError(
+        f'exchange={self.exchange!r} must be one of {get_args(Exchange)}'
+      )
     if self.compressor not in COMPRESSORS:
       raise ValueError(
         f'compressor={self.compressor!r} must be one of {sorted(COMPRESSORS)}'
@@ -303,7 +321,7 @@ class ApbPrefill(Prefill):
     if self.gap:
       copied = jnp.full_like(copied, anchor)
 
-    def exchange():
+    def pass_on():
       local = Block(
         q=q[:, rows:],
         k=keys[:, rows:],
@@ -320,8 +338,8 @@ class ApbPrefill(Prefill):
       )
       passed = self._select(local, host, copied, passing)
       return tuple(
-        self._roll(self._gathered_blocks(x, batch, ctx), host, batch, passing)
-        for x in passed
+        self._roll(x, host, batch, passing)
+        for x in self._exchanged(*passed, batch, ctx)
       )
 
     before = self.hosts * passing
@@ -331,13 +349,13 @@ class ApbPrefill(Prefill):
     first = first + jnp.maximum(passing - (block - copied), 0)
     if passing and self.every > 1:
       now = ctx.layer % self.every == 0
-      like = jax.eval_shape(exchange)
+      like = jax.eval_shape(pass_on)
       passed = jax.lax.cond(
-        now, exchange, lambda: tuple(jnp.zeros(x.shape, x.dtype) for x in like)
+        now, pass_on, lambda: tuple(jnp.zeros(x.shape, x.dtype) for x in like)
       )
       first = jnp.where(now, first, before)
     elif passing:
-      passed = exchange()
+      passed = pass_on()
     start, stop = self._intervals(host, first, rows, anchor, block, passing)
     spans = Spans(before, before + anchor, before + anchor + block)
     parts = self._interval_parts(
@@ -408,6 +426,25 @@ class ApbPrefill(Prefill):
     inverse = np.argsort(self._hosts_in_order(size).reshape(-1))
     # In zigzag order, devices hold hosts from both ends.
     return x if self.order == 'contiguous' else x[:, inverse]
+
+  def _exchanged(self, k, v, batch: int, ctx: Context):
+    """Blocks [E n K H] as [B H n K H] of all hosts; unread ones may be 0."""
+    size = jax.lax.axis_size(ctx.axes.seq)
+    if self.exchange == 'gather' or size == 1:
+      return tuple(self._gathered_blocks(x, batch, ctx) for x in (k, v))
+    x = jnp.concatenate([k, v], axis=-1)  # one message a hop
+    x = x.reshape(batch, -1, *x.shape[1:])
+    hosts = self._hosts_in_order(size)
+    if (np.diff(hosts.reshape(-1)) == 1).all():
+      x = _sent_forward(x, ctx.axes.seq, 1)
+    else:  # zigzag: second halves follow all first halves, and run backwards
+      first, second = jnp.split(x, 2, axis=1)
+      first = jax.lax.all_gather(first, ctx.axes.seq, axis=1)
+      second = _sent_forward(second, ctx.axes.seq, -1)
+      x = jnp.concatenate([first, second], axis=2)
+    x = x.reshape(batch, self.hosts, *x.shape[3:])
+    x = x[:, np.argsort(hosts.reshape(-1))]
+    return tuple(jnp.split(x, [k.shape[-1]], axis=-1))
 
   def _roll(self, x, host, batch: int, passing: int):
     """[B H n ...] to [E H n ...]: earlier hosts' blocks stand last."""
@@ -488,6 +525,25 @@ class ApbPrefill(Prefill):
     own = dataclasses.replace(ctx, valid=ctx.valid & (ctx.source >= 0))
     shape = jnp.zeros((batch, 1, n_heads, 1))
     return Trace(keys=keys, pairs=dense_pairs(shape, own))
+
+
+def _sent_forward(x, axis: str, way: int):
+  """[B h ...] of each device as [B P h ...]; zeros for those not before it.
+
+  Args:
+    x: this device's.
+    axis: of the mesh.
+    way: 1: device i comes before i + 1; -1: after it.
+  """
+  size = jax.lax.axis_size(axis)
+  hops = [
+    [(i, i + way * k) for i in range(size) if 0 <= i + way * k < size]
+    for k in range(1, size)
+  ]
+  # All are issued before one is read: none waits for another.
+  pieces = jnp.stack([x, *(jax.lax.ppermute(x, axis, h) for h in hops)], axis=1)
+  hop = way * (jax.lax.axis_index(axis) - jnp.arange(size)) % size
+  return pieces[:, hop]
 
 
 class Spans(NamedTuple):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import chex
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.collectives import collective_bytes
+from experiments.collectives import collective_bytes, permuted
 from lcx import methods, sharding
 from lcx.cache import CacheShape, Shards
 from lcx.engine import Engine, steps
@@ -205,6 +206,22 @@ def test_options_that_change_no_result(option):
   )
 
 
+BALANCED = {'order': 'zigzag', 'overlap': True, 'every': 2}
+
+
+@pytest.mark.parametrize(
+  ('seq', 'fields'),
+  [(2, {}), (4, {}), (8, {}), (2, {'order': 'zigzag'}), (4, BALANCED)],
+  ids=str,
+)
+def test_blocks_sent_forward_answer_as_gathered_ones(seq, fields):
+  """The same bits: what is not sent is not read."""
+  method = functools.partial(apb, compressor='query', **fields)
+  want = hidden(method(), request(), seq, question=0)
+  got = hidden(method(exchange='forward'), request(), seq, question=0)
+  chex.assert_trees_all_equal(got, want)
+
+
 def block_of(host, x, hosts=8, room=1024):
   return x[host * room // hosts : (host + 1) * room // hosts]
 
@@ -346,20 +363,30 @@ def program(method, seq, trace=False, room=None):
     at((1,), 'int32', 'data'),
     at((), 'int32'),
   )
-  return jax.jit(run).lower(*args).compile().as_text(), room
+  return jax.jit(run).lower(*args).compile().as_text() or '', room
 
 
 N, K, H, E = CONFIG.n_heads, CONFIG.n_kv_heads, CONFIG.head_dim, 4
 
 
+FORWARD = {'exchange': 'forward'}
+
+
 def apb_bytes(size, hosts, room, fields):
   """The docstring of lcx/methods/apb.py."""
   block = room // hosts
-  found = (size - 1) * (hosts // size) * 2 * (block // 8) * K * H * E
+  passed = (size - 1) * (hosts // size) * 2 * (block // 8) * K * H * E
+  found = {'all-gather': float(passed)}
+  if fields.get('exchange') == 'forward':
+    found = {'collective-permute': passed / 2}
+    if fields.get('order') == 'zigzag' and hosts > size:
+      found = {'all-gather': passed / 2, 'collective-permute': passed / 4}
   if fields.get('shared_anchor'):
     anchor = block // 4
-    found += (size - 1) / size * anchor * ((2 * K + N) * H * E + 1)
-  return {'all-gather': found}
+    found['all-gather'] = found.get('all-gather', 0) + (
+      (size - 1) / size * anchor * ((2 * K + N) * H * E + 1)
+    )
+  return found
 
 
 def ring_bytes(size, group, room):
@@ -382,13 +409,27 @@ def ring_bytes(size, group, room):
 @pytest.mark.parametrize(
   ('size', 'fields'),
   [(2, {}), (4, {}), (8, {}), (4, {'shared_anchor': True})]
-  + [long(n, {'shared_anchor': True}) for n in (2, 8)],
+  + [long(n, {'shared_anchor': True}) for n in (2, 8)]
+  + [(2, FORWARD), (4, FORWARD | {'order': 'zigzag'}), (8, FORWARD)]
+  + [long(2, FORWARD | BALANCED), long(8, FORWARD | BALANCED)]
+  + [long(4, FORWARD | {'shared_anchor': True}), long(4, FORWARD)],
   ids=str,
 )
 def test_bytes_of_apb(size, fields):
-  text, room = program(make('apb', hosts=8, **fields), size)
-  want = apb_bytes(size, 8, room, fields)
+  hosts = 16 if size == 8 and 'order' in fields else 8
+  text, room = program(make('apb', hosts=hosts, **fields), size)
+  want = apb_bytes(size, hosts, room, fields)
   assert collective_bytes(text, size) == pytest.approx(want)
+
+
+def test_hops_of_blocks_sent_forward_do_not_wait_for_one_another():
+  """P (P - 1) / 2 pairs in P - 1 hops, each of what a device has itself."""
+  text, _ = program(make('apb', hosts=4, exchange='forward'), 4)
+  hops = re.findall(r'(%\S+) = \S+ collective-permute\((%[^,)]+)', text)
+  assert len(hops) == 3
+  assert not {name for name, _ in hops} & {operand for _, operand in hops}
+  pairs = sorted(permuted(x) for x in text.splitlines() if permuted(x))
+  assert pairs == [((0, 1), (1, 2), (2, 3)), ((0, 2), (1, 3)), ((0, 3),)]
 
 
 @pytest.mark.parametrize(('size', 'room'), [(2, 4096), long(4, 512), (8, 1024)])
@@ -409,9 +450,12 @@ def test_bytes_of_ring_and_ulysses(size, group):
   assert collective_bytes(text, size) == pytest.approx(want)
 
 
-@pytest.mark.parametrize('size', [2, 4, 8])
-def test_star_sends_nothing(size):
-  assert collective_bytes(program(make('star', hosts=8), size)[0], size) == {}
+@pytest.mark.parametrize(
+  ('size', 'fields'), [(2, {}), (4, {}), (8, {}), long(4, FORWARD)], ids=str
+)
+def test_star_sends_nothing(size, fields):
+  text, _ = program(make('star', hosts=8, **fields), size)
+  assert collective_bytes(text, size) == {}
 
 
 # Bad input.
@@ -436,6 +480,7 @@ def test_bad_input_is_refused_before_anything_runs():
   zigzag = {'order': 'zigzag', 'compressor': 'snapkv'}
   refused("order='zigzag' needs hosts=6", 2, hosts=6, **zigzag)
   refused('every=0 must be at least 1', every=0)
+  refused("exchange='all' must be one of", exchange='all')
   refused('density', density=1.5)
   refused('compressor=', compressor='best')
   refused('needs the question in the anchor', query_in_anchor=False)
