@@ -108,7 +108,7 @@ class Row:
     used: tokens held.
     indexed: (first, stop) of the tokens in the indexes; equal: no index.
     indexes: one a kv head.
-    build_s: seconds that the build took.
+    build_s: seconds that the slowest head's build took.
     reserved: bytes that an index under way will take.
   """
 
@@ -125,7 +125,8 @@ class Row:
     self._slot = np.zeros((0,), np.int16)
     self._aside = np.zeros((n_kv_heads, 0, dim), np.float32)
     self._wide, self._widened = self._aside, (0, 0)
-    self._build: concurrent.futures.Future | None = None
+    self._build: list[concurrent.futures.Future] = []
+    self._indexing = (0, 0)
 
   @property
   def nbytes(self) -> int:
@@ -192,18 +193,23 @@ class Row:
       first: first token.
       stop: behind the last one.
       near: a `Near` a kv head, in positions.
-      pool: where the row is built.
+      pool: where it is built, a head a job.
       folder: where indexes are kept by the fingerprint of their keys; '':
         nowhere.
     """
-    self._build, self.indexes, self.indexed = None, [], (first, first)
+    self._build, self.indexes, self.indexed = [], [], (first, first)
     self.calibrations = [Calibration.of(x) for x in near]
     if stop > first:
-      self._build = pool.submit(self._built, numbers, first, stop, near, folder)
+      self._indexing = first, stop
+      self._build = [
+        pool.submit(self._built, numbers, head, first, stop, x, folder)
+        for head, x in enumerate(near)
+      ]
 
-  def _built(self, numbers, first, stop, near, folder):
+  def _built(self, numbers, head, first, stop, near, folder):
+    """(index of a head, seconds)."""
     start = time.perf_counter()
-    keys, path, of = self.k[:, first:stop], '', ''
+    keys, path, of = self.k[head, first:stop], '', ''
     if folder:
       of = vi.fingerprint(keys)
       path = os.path.join(folder, f'{of[:32]}.index')
@@ -211,17 +217,14 @@ class Row:
       with open(path, 'rb') as file:
         saved = file.read()
       try:
-        indexes = vi.from_bytes(saved, numbers, of)
+        index = vi.from_bytes(saved, numbers, of)
       except ValueError as error:
         raise ValueError(f'{path}: {error}') from error
     else:
-      indexes = [
-        vi.build(numbers, k, first, self._numbered(x, first, stop))
-        for k, x in zip(keys, near, strict=True)
-      ]
+      index = vi.build(numbers, keys, first, self._numbered(near, first, stop))
       if folder:
-        vi.save(path, vi.to_bytes(indexes, numbers, of))
-    return indexes, (first, stop), time.perf_counter() - start
+        vi.save(path, vi.to_bytes(index, numbers, of))
+    return index, time.perf_counter() - start
 
   def _numbered(self, near: Near, first: int, stop: int) -> Near:
     """Positions as numbers in the index; -1 where they are not in it."""
@@ -255,9 +258,11 @@ class Row:
 
     It raises at every call: a row whose index failed never answers without.
     """
-    if self._build is not None:
-      self.indexes, self.indexed, self.build_s = self._build.result()
-      self._build, self.reserved = None, 0
+    if self._build:
+      built = [job.result() for job in self._build]
+      self.indexes, seconds = ([x[i] for x in built] for i in (0, 1))
+      self.indexed, self.build_s = self._indexing, max(seconds)
+      self._build, self.reserved = [], 0
       first, stop = self.indexed
       draw = np.random.default_rng(0)
       size = min(_SAMPLE, stop - first)

@@ -14,7 +14,7 @@ import importlib.util
 import io
 import os
 import threading
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 import numpy as np
 
@@ -226,23 +226,16 @@ def fingerprint(*arrays: np.ndarray) -> str:
   return digest.hexdigest()
 
 
-def to_bytes(indexes: list[Index], numbers: Numbers, of: str) -> bytes:
-  """Indexes of all heads, with the fingerprint `of` their keys."""
+def to_bytes(index: Index, numbers: Numbers, of: str) -> bytes:
+  """An index, with the fingerprint `of` its keys."""
   out = io.BytesIO()
-  arrays: dict[str, Any] = {
-    f'{i}.{name}': array
-    for i, index in enumerate(indexes)
-    for name, array in index.dump().items()
-  }
-  np.savez(
-    out, of=np.array(of), numbers=np.array(repr(numbers)), n=len(indexes),
-    **arrays,
-  )  # fmt: skip
+  numbered = {'of': np.array(of), 'numbers': np.array(repr(numbers))}
+  np.savez(out, **numbered, **index.dump())
   body = out.getvalue()
   return body + hashlib.sha256(body).digest()
 
 
-def from_bytes(data: bytes, numbers: Numbers, of: str) -> list[Index]:
+def from_bytes(data: bytes, numbers: Numbers, of: str) -> Index:
   """What `to_bytes` wrote.
 
   Raises:
@@ -257,17 +250,12 @@ def from_bytes(data: bytes, numbers: Numbers, of: str) -> list[Index]:
     if str(arrays[name]) != want:
       what = 'of another context' if name == 'of' else 'built otherwise'
       raise ValueError(f'the saved index is {what}: {arrays[name]}')
-  heads: list[dict] = [{} for _ in range(int(arrays['n']))]
-  for name, array in arrays.items():
-    head, dot, field = name.partition('.')
-    if dot:
-      heads[int(head)][field] = array
   if numbers.kind == 'exact':
-    return [Exact.load(h) for h in heads]
+    return Exact.load(arrays)
   require(numbers.kind)
   from lcx.select import vector_index_faiss
 
-  return [vector_index_faiss.load(h) for h in heads]
+  return vector_index_faiss.load(arrays)
 
 
 def save(path: str, data: bytes) -> None:

@@ -1,7 +1,8 @@
 """Exact nearest keys of sampled queries, and of keys, on the device.
 
-Blocked: scores of one block of keys are merged into the best so far, so that
-[queries, S] never exists. 2 M S H FLOPs a kv head, M queries.
+A tile of queries at a time, so that [M, S] of all M never exists. 2 M S H FLOPs
+a kv head; of a tile's scores, which are written once and read once, only those
+of the best groups are sorted.
 """
 
 import jax
@@ -9,8 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-_BLOCK = 4096  # keys
-_TILE = 2048  # queries
+_SCORES = 1 << 27  # of a tile
+_ROWS = 16  # of a tile, at least
+_GROUP = 32
 
 
 def sampled(
@@ -49,11 +51,8 @@ def nearest(
     causal: keys later than the query are not found; otherwise the key at the
       query's own position is not.
   """
-  length = k.shape[1]
-  block, tile = min(_BLOCK, length), min(_TILE, q.shape[2])
-  pad = -length % block
-  k = jnp.pad(k, ((0, 0), (0, pad), (0, 0), (0, 0)))
-  k_at = jnp.pad(k_at, ((0, 0), (0, pad)), constant_values=-1)
+  length, dim = k.shape[1], k.shape[3]
+  tile = min(q.shape[2], max(_ROWS, _SCORES // length))
   count = min(count, length)
 
   def head(args):
@@ -61,36 +60,43 @@ def nearest(
 
     def one_tile(args):
       q, q_at = args
-
-      def step(i, best):
-        value, found = best
-        keys = lax.dynamic_slice_in_dim(k, i * block, block)
-        at = lax.dynamic_slice_in_dim(k_at, i * block, block)
-        score = jnp.einsum(
-          'mh,sh->ms', q, keys, preferred_element_type=jnp.float32
-        )
-        seen = at <= q_at[:, None] if causal else at != q_at[:, None]
-        score = jnp.where(seen & (at >= 0), score, -jnp.inf)
-        value = jnp.concatenate([value, score], axis=1)
-        at = jnp.broadcast_to(at, score.shape)
-        found = jnp.concatenate([found, at], axis=1)
-        value, place = lax.top_k(value, count)
-        return value, jnp.take_along_axis(found, place, axis=1)
-
-      none = jnp.full((tile, count), -jnp.inf), jnp.full((tile, count), -1)
-      value, found = lax.fori_loop(0, k.shape[0] // block, step, none)
+      score = jnp.einsum('mh,sh->ms', q, k, preferred_element_type=jnp.float32)
+      seen = k_at <= q_at[:, None] if causal else k_at != q_at[:, None]
+      score = jnp.where(seen & (k_at >= 0), score, -jnp.inf)
+      value, index = top_of_groups(score, count)
       some = (value > -jnp.inf) & (q_at >= 0)[:, None]
-      return jnp.where(some, found, -1)
+      return jnp.where(some, k_at[index], -1)
 
     size = q.shape[0]
     q = jnp.pad(q, ((0, -size % tile), (0, 0)))
     q_at = jnp.pad(q_at, (0, -size % tile), constant_values=-1)
-    tiles = (q.reshape(-1, tile, q.shape[1]), q_at.reshape(-1, tile))
+    tiles = (q.reshape(-1, tile, dim), q_at.reshape(-1, tile))
     return lax.map(one_tile, tiles).reshape(-1, count)[:size]
 
   b, kv = q.shape[:2]
-  k_at = jnp.broadcast_to(k_at[:, None], (b, kv, k_at.shape[1]))
+  k_at = jnp.broadcast_to(k_at[:, None], (b, kv, length))
   flat = jax.tree.map(
     lambda x: x.reshape(b * kv, *x.shape[2:]), (q, q_at, k.swapaxes(1, 2), k_at)
   )
   return lax.map(head, flat).reshape(b, kv, q.shape[2], count)
+
+
+def top_of_groups(
+  x: Float[Array, 'R S'], count: int
+) -> tuple[Float[Array, 'R c'], Int32[Array, 'R c']]:
+  """The largest of each row, best first, and where they are.
+
+  `lax.top_k` sorts whole rows. Here the row is cut into groups; the c largest
+  are all in the c groups of largest maxima, which are found in the same way.
+  """
+  rows, size = x.shape
+  if size <= 2 * count * _GROUP:
+    return lax.top_k(x, count)
+  x = jnp.pad(x, ((0, 0), (0, -size % _GROUP)), constant_values=-jnp.inf)
+  # Neighbours are alike: a group holds none, and all are read side by side.
+  groups = x.reshape(rows, _GROUP, -1)
+  _, group = top_of_groups(jnp.max(groups, axis=1), count)
+  step = groups.shape[2] * jnp.arange(_GROUP, dtype=jnp.int32)
+  index = (group[:, :, None] + step).reshape(rows, -1)
+  value, place = lax.top_k(jnp.take_along_axis(x, index, axis=1), count)
+  return value, jnp.take_along_axis(index, place, axis=1)

@@ -257,7 +257,8 @@ def test_an_index_is_kept_and_a_damaged_one_fails_the_request(tmp_path):
   engine = make_engine(host_method(folder=str(tmp_path)))
   want, _, session = answer(engine, [prompt(1)], 8)
   files = sorted(tmp_path.iterdir())
-  assert len(files) == CONFIG.n_layers  # both rows are the same
+  # Both rows are the same.
+  assert len(files) == CONFIG.n_layers * CONFIG.n_kv_heads
   times = [f.stat().st_mtime_ns for f in files]
   del session
   assert answer(engine, [prompt(1)], 8)[0] == want

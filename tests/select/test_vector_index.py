@@ -1,11 +1,14 @@
 """Indexes of keys: what they find, lose, save, and refuse."""
 
 import dataclasses
+import unittest.mock
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from lcx.select import vector_index as vi
 from lcx.select import vector_index_cluster as vc
@@ -96,8 +99,8 @@ def test_keys_are_added_removed_and_replaced(kind):
 def test_a_saved_index_is_the_same(kind):
   index, x, q, numbers = make(kind)
   of = vi.fingerprint(x)
-  data = vi.to_bytes([index], numbers, of)
-  (again,) = vi.from_bytes(data, numbers, of)
+  data = vi.to_bytes(index, numbers, of)
+  again = vi.from_bytes(data, numbers, of)
   for a, b in zip(index.search(q, C, 50), again.search(q, C, 50), strict=True):
     np.testing.assert_array_equal(a, b)
   with pytest.raises(ValueError, match='truncated or damaged'):
@@ -147,9 +150,7 @@ def test_graphs_that_share_keys_grow_together():
     assert recall(found, want) > 0.85
     there = np.take_along_axis(q @ np.concatenate([x, more]).T, found - 7, 1)
     np.testing.assert_allclose(score, there, rtol=2e-2, atol=2e-2)
-  (again,) = vi.from_bytes(
-    vi.to_bytes([index], vi.Numbers(), ''), vi.Numbers(), ''
-  )
+  again = vi.from_bytes(vi.to_bytes(index, vi.Numbers(), ''), vi.Numbers(), '')
   for graph in (0, 1):  # upper levels that came with new keys, too
     np.testing.assert_array_equal(
       again.search(q, C, 50, graph)[1], index.search(q, C, 50, graph)[1]
@@ -217,8 +218,9 @@ def test_queries_that_want_no_indexed_key_leave_a_graph_by_keys():
 
 
 def test_nearest_keys_are_exact_and_causal(monkeypatch):
-  monkeypatch.setattr(vn, '_BLOCK', 16)
-  monkeypatch.setattr(vn, '_TILE', 4)
+  monkeypatch.setattr(vn, '_SCORES', 4 * 45)
+  monkeypatch.setattr(vn, '_ROWS', 4)
+  monkeypatch.setattr(vn, '_GROUP', 2)
   draw = np.random.default_rng(0)
   q = draw.normal(size=(2, 2, 7, DIM)).astype(np.float32)
   k = draw.normal(size=(2, 45, 2, DIM)).astype(np.float32)
@@ -235,6 +237,25 @@ def test_nearest_keys_are_exact_and_causal(monkeypatch):
     vn.nearest(k.swapaxes(1, 2), at[:, None].repeat(2, 1), k, at, 6, False)
   )
   assert not np.any(own == np.arange(45)[:, None])
+
+
+@hypothesis.given(
+  rows=st.lists(st.integers(-3, 3), min_size=1, max_size=60),
+  count=st.integers(1, 5),
+)
+@hypothesis.settings(max_examples=30, deadline=None)
+def test_the_best_of_groups_are_the_best(rows, count):
+  """Ties and rows without a value included; no place twice."""
+  x = jnp.array([rows, rows[::-1]], jnp.float32)
+  x = jnp.where(x == -3, -jnp.inf, x)
+  count = min(count, len(rows))
+  with unittest.mock.patch.object(vn, '_GROUP', 2):
+    value, index = vn.top_of_groups(x, count)
+  np.testing.assert_array_equal(value, jax.lax.top_k(x, count)[0])
+  for row, v, i in zip(np.asarray(x), *map(np.asarray, (value, index))):
+    some = v > -np.inf
+    np.testing.assert_array_equal(row[i[some]], v[some])
+    assert len(set(i[some])) == some.sum()
 
 
 def test_sampled_tokens_are_valid_and_spread():
