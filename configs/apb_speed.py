@@ -4,6 +4,7 @@ python -m experiments.run --config=configs/apb_speed.py
 
 Llama 3 8B's shape, random weights. Arguments: `devices=4` (GPUs of this
 machine; 2 and 8 work, too), `length=N` (one length), `method=NAME` (one row),
+`exchange` (only the rows that compare the two exchanges of passing blocks),
 `smoke`. 128K, 256K and 512K tokens; anchor a quarter of a block, passing an
 eighth (at 512K 8K each).
 """
@@ -14,15 +15,22 @@ KIB = 1024
 
 
 def get_config(arg=''):
-  arg = common.parse_arg(arg, devices=4, length=0, method='')
+  arg = common.parse_arg(arg, devices=0, length=0, method='', exchange=False)
   config = common.base('measure_prefill', "APB's prefill by part")
   config.preset = 'llama3_8b'
-  config.devices = arg.devices
-  hosts = arg.devices
+  config.devices = arg.devices or (1 if arg.smoke else 4)
+  hosts = config.devices
   plain = {'method': 'apb', 'hosts': hosts}
   once = plain | {'shared_anchor': True}
   # Two hosts a device, from both ends.
   balanced = once | {'hosts': 2 * hosts, 'order': 'zigzag'}
+  forward = {'exchange': 'forward'}
+  exchanges = {
+    'apb': plain,
+    'apb forward': plain | forward,
+    'apb balanced': balanced,
+    'apb balanced forward': balanced | forward,
+  }
   rows = {
     'all-gather': {'method': 'dense'},
     'ring': {'method': 'ring'},
@@ -38,6 +46,7 @@ def get_config(arg=''):
     'apb snapkv': plain | {'compressor': 'snapkv'},
     'apb random': plain | {'compressor': 'random'},
   }
+  rows = exchanges if arg.exchange else rows | exchanges
   if arg.method:
     rows = {arg.method: rows[arg.method]}
   config.methods = common.table(rows)
@@ -52,9 +61,9 @@ def get_config(arg=''):
   if arg.smoke:
     config.preset = 'tiny'
     config.dtype = 'float32'
-    config.devices = 1
     config.lengths = (512,)
     config.repeats = 1
-    small = {'method': 'apb', 'hosts': 2, 'shared_anchor': True}
-    config.methods = common.table({'ring': {}, 'apb': small})
+    small = {'method': 'apb', 'hosts': max(2, hosts), 'shared_anchor': True}
+    rows = {'ring': {}, 'apb': small, 'apb forward': small | forward}
+    config.methods = common.table(rows)
   return config

@@ -8,9 +8,10 @@ predicted time at other bandwidths: all but communication stays, communication
 scales (arXiv:2502.12085, table 16, is the same split).
 
 A row: op ('layer' or a part), method, length, ms, repeats_ms, bytes (of the
-collectives, a device, from the compiled program); of a layer also its speed-up
-over the dense layer on one device, from which experiments/fit_policy.py finds
-the length below which one device should run alone.
+collectives, the mean of the devices, from the compiled program); of a layer
+also its speed-up over the dense layer on one device, from which
+experiments/fit_policy.py finds the length below which one device should run
+alone.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 
 from experiments import environment, evaluate
-from experiments.collectives import collective_bytes
+from experiments.collectives import collective_bytes, permuted
 from experiments.errors import Failure
 from experiments.results import Results, Row, key_of, write_file, write_json
 from lcx.methods.base import Method, Prompt
@@ -281,7 +282,7 @@ class Bench:
       'ms': statistics.median(times[1:]),
       'repeats_ms': times[1:],
       'compile_s': compile_s,
-      'bytes': collective_bytes(program.as_text(), self.config.devices),
+      'bytes': collective_bytes(program.as_text() or '', self.config.devices),
     }
 
   def _layer(self):
@@ -404,11 +405,14 @@ class Bench:
 
     size = self.config.devices
     function, args = self._layer()
-    text = jax.jit(function).lower(*args).compile().as_text()
+    text = jax.jit(function).lower(*args).compile().as_text() or ''
     moved = collective_bytes(text, size)
     if not moved:
       return None
     ring = [(i, (i + 1) % size) for i in range(size)]
+    found = {permuted(line) for line in text.splitlines()}
+    # Hops that leave devices out: those of one exchange, all at once.
+    partial = sorted(h for h in found if 0 < len(h) < size)
 
     def one(kind, n, x):
       if kind == 'all-gather':
@@ -417,6 +421,10 @@ class Bench:
       if kind == 'all-to-all':
         rows = int(n / (size - 1)) * size
         return jax.lax.all_to_all(x[:rows], 'seq', 0, 0, tiled=True).max()
+      if partial:
+        block = x[: int(n * size / sum(map(len, partial)))]
+        hops = [jax.lax.ppermute(block, 'seq', h) for h in partial]
+        return jnp.stack(hops).max()
       hop = x[: int(n / (size - 1))]
       for _ in range(size - 1):
         hop = jax.lax.ppermute(hop, 'seq', ring)
@@ -464,7 +472,8 @@ def report(config: Config, rows: list[Row]) -> str:
     '',
     f'{config.preset}, one layer, {config.devices} devices, median of '
     f'{config.repeats}; parts are programs of their own, attention is what '
-    'is left of the method without compressor and communication.',
+    'is left of the method without compressor and communication; MiB: '
+    'received, the mean of the devices.',
     '',
     '| ' + ' | '.join(head) + ' |',
     '|' + '---|' * len(head),
