@@ -1,6 +1,5 @@
 """The policy file: evidence decides, contradictions are refused."""
 
-import json
 import types
 
 import pytest
@@ -10,36 +9,55 @@ from lcx import engine, methods, policy
 from lcx.models.presets import PRESETS
 from lcx.policy import Entry, Policy
 
-WHERE = {'heads': 32, 'kv_heads': 8, 'head_dim': 128, 'bits': 16}
+SHAPE = {'heads': 32, 'kv_heads': 8, 'head_dim': 128, 'bits': 16}
+
+
+def pairs(**ratios):
+  """Evidence of one setting from a4=0.9, a8=1.1."""
+  return tuple((int(n[1:]), ratio, 'a') for n, ratio in ratios.items())
 
 
 def entry(evidence, device='H100', **fields):
+  crossover = policy.crossover_of(evidence)
+  assert crossover is not None
   return Entry(
     'step',
     'lserve',
     device,
-    **(WHERE | fields),
-    crossover=policy.crossover_of(evidence),
+    **(SHAPE | fields),
+    crossover=crossover,
     evidence=evidence,
   )
 
 
 def test_a_crossover_is_where_it_is_faster_from_then_on():
-  assert policy.crossover_of(((4, 1.2), (8, 0.9), (16, 1.1), (32, 2.0))) == 16
-  assert policy.crossover_of(((4, 1.2), (8, 1.3))) == 4
-  assert policy.crossover_of(((4, 1.2), (8, 1.0))) is None
+  assert policy.crossover_of(pairs(a4=1.2, a8=0.9, a16=1.1, a32=2.0)) == 16
+  # A gap belongs to dense, however wide; a tie is no win.
+  assert policy.crossover_of(pairs(a4=0.9, a512=1.1)) == 512
+  assert policy.crossover_of(pairs(a4=1.0, a8=1.1)) == 8
+  # One setting that loses is enough.
+  mixed = ((4, 0.9, '1/16'), (8, 1.1, '1/16'), (8, 0.9, '1/8'), (16, 2.0, 'b'))
+  assert policy.crossover_of(mixed) == 16
+
+
+def test_what_is_not_bracketed_has_no_crossover():
+  assert policy.crossover_of(pairs(a4=1.2, a8=1.3)) is None
+  assert policy.crossover_of(pairs(a4=0.2, a8=0.3)) is None
+  assert policy.crossover_of(pairs(a4=0.9, a8=1.2, a16=1.0)) is None
+  assert policy.crossover_of(()) is None
 
 
 def test_a_policy_survives_its_file_and_answers(tmp_path):
   path = tmp_path / 'policy.json'
-  one = entry(((16, 0.9), (32, 1.1)))
-  found = Policy().with_entry(entry(((16, 1.5),))).with_entry(one)
-  assert found.entries == (one,)
-  found = found.with_entry(entry(((16, 0.8),), device='v5e'))
-  path.write_text(found.to_json())
+  both = (
+    entry(pairs(a16=0.9, a32=1.1)),
+    entry(pairs(a16=0.8, a64=1.3), device='v5e'),
+  )
+  path.write_text(Policy(both).to_json())
   found = policy.load(path)
-  assert found.crossover('step', 'lserve', device='H100', **WHERE) == 32
-  assert found.crossover('step', 'lserve', device='v5e') == 2**30
+  assert found.entries == both
+  assert found.crossover('step', 'lserve', device='H100', **SHAPE) == 32
+  assert found.crossover('step', 'lserve', device='v5e') == 64
   assert found.crossover('step', 'lserve') is None  # two chips disagree
   assert found.crossover('step', 'quest', device='H100') is None
 
@@ -48,14 +66,15 @@ def test_what_is_no_policy_is_refused(tmp_path):
   path = tmp_path / 'policy.json'
   with pytest.raises(ValueError, match='cannot be read'):
     policy.load(path)
-  wrong = json.loads(Policy((entry(((16, 0.9), (32, 1.1))),)).to_json())
-  wrong['entries'][0]['crossover'] = 16
-  for text in ('{', '[]', '{"entries": [{}]}', json.dumps(wrong)):
+  good = Policy((entry(pairs(a16=0.9, a32=1.1)),)).to_json()
+  wrong = good.replace('"crossover": 32', '"crossover": 16')
+  assert wrong != good
+  for text in ('{', '[]', '{"entries": [{}]}', wrong):
     path.write_text(text)
     with pytest.raises(ValueError, match='is no policy'):
       policy.load(path)
   with pytest.raises(ValueError, match='ascending'):
-    entry(((32, 1.1), (16, 0.9)))
+    entry(pairs(a32=1.1, a16=0.9))
 
 
 def test_entries_come_from_rows():
@@ -66,14 +85,92 @@ def test_entries_come_from_rows():
       'implementation': name,
       'peer': 'dense',
       'device': '1 x H100',
-      'parts': 'bits=8',
+      'parts': f"Method(name='{method}', prefill=P(budget=3), cache=C(bits=8), "
+      'decode=D(budget=9))',
       'length': length,
       'ratio': ratio,
     }
     for length in (16, 32)
-    for name, ratio in (('dense', 1.0), ('lserve', length / 20))
+    for name, method, ratio in (
+      ('dense', 'dense', 1.0),
+      ('lserve', 'lserve', length / 20),
+      ('static only', 'lserve', length / 10),
+    )
   ]
-  assert fit_policy.entries(rows) == [entry(((16, 0.8), (32, 1.6)), bits=8)]
+  evidence = ((16, 0.8, 'D(budget=9)'), (32, 1.6, 'D(budget=9)'))
+  assert fit_policy.fit(rows).entries == (entry(evidence, bits=8),)
+  assert fit_policy.fit(rows[:3]).entries == ()  # one length, which lost
+
+
+def selector_rows(name, length, dense, sparse, git='a', host=1.0):
+  """Rows as selector_bench has them; `host` times as slow from the host."""
+
+  def row(case, implementation, ms, host=1.0):
+    return {
+      'op': 'attention',
+      'case': case,
+      'implementation': implementation,
+      'device': '1 x H200',
+      'git': git,
+      'kernel_ms': [ms, ms, 9 * ms],
+      'repeats_ms': [host * ms],
+      'ratio': 7.0,
+    }
+
+  case = f'{name} 1/8 of {length}, density 0.1250'
+  return [
+    row(f'dense {length}', 'ours', dense),
+    row(f'dense {length}', 'cudnn', dense / 9),
+    row(case, 'ours', sparse, host),
+    row(case, 'cudnn', dense / 9),
+    row(case, 'ours', sparse, host) | {'op': 'estimate'},
+  ]
+
+
+def test_a_selector_is_compared_with_the_dense_that_takes_its_place():
+  rows = [
+    *selector_rows('sparge', '4K', 1.0, 2.0),
+    *selector_rows('sparge', '64K', 1.0, 0.25),
+    *selector_rows('never', '4K', 1.0, 2.0),
+    *selector_rows('always', '4K', 1.0, 0.5),
+    *selector_rows('waiting', '4K', 1.0, 2.0),
+    *selector_rows('waiting', '8K', 1.0, 0.5, host=4.0),
+    *selector_rows('waiting', '16K', 1.0, 0.5),
+  ]
+  sparge, waiting = fit_policy.fit(rows).entries
+  setting = '1/8, density 0.1250'
+  assert sparge == Entry(
+    'attention',
+    'sparge',
+    'H200',
+    **SHAPE,
+    crossover=65536,
+    evidence=((4096, 0.5, setting), (65536, 4.0, setting)),
+  )
+  # The worse of two clocks counts.
+  assert waiting.crossover == 16384
+  assert waiting.evidence[1] == (8192, 0.5, setting)
+  # Dense rows of other code or another length are no rivals.
+  alone = [row for row in rows if not row['case'].startswith('dense')]
+  other = selector_rows('other', '4K', 1.0, 1.0, git='b')
+  assert fit_policy.groups(alone + other[:2]) == {}
+
+
+def test_the_committed_policy_is_what_the_committed_rows_say():
+  """Run `python -m experiments.fit_policy` when rows have changed."""
+  found = fit_policy.fit(fit_policy.read(fit_policy.committed()))
+  assert policy.DEFAULT.read_text('utf-8') == found.to_json()
+  assert policy.load() == found
+  assert found.entries  # rows of one H200
+
+
+def test_files_that_hold_no_rows_are_refused(tmp_path):
+  path = tmp_path / 'rows.jsonl'
+  with pytest.raises(ValueError, match='No such file'):
+    fit_policy.read([path])
+  path.write_text('{"op": "step"}\n{')
+  with pytest.raises(ValueError, match='no row'):
+    fit_policy.read([path])
 
 
 def test_below_its_crossover_one_device_reads_densely(monkeypatch, caplog):
@@ -92,7 +189,7 @@ def test_below_its_crossover_one_device_reads_densely(monkeypatch, caplog):
     }
     for length, ratio in ((256, 0.5), (512, 0.9), (1024, 1.5))
   ]
-  (found,) = fit_policy.entries(rows)
+  (found,) = fit_policy.fit(rows).entries
   assert (found.op, found.device, found.crossover) == (
     'prefill',
     '4 x CPU',

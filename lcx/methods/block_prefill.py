@@ -6,15 +6,18 @@ more travels.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from kernels_pallas.block_sparse import block_sparse, dense_blocks
 from lcx.methods import shards
 from lcx.methods.base import Context, Prefill, Rope, Trace
 from lcx.methods.dense import dense_pairs
+from lcx.policy import AS_MEASURED
 from lcx.select.audit import listed_keys, sampled_mass
 from lcx.select.block_rows import Selected
 
@@ -31,11 +34,24 @@ class BlockPrefill(Prefill):
     width: most blocks of a list row; None: what keeps a layer's lists under
       256 MiB. What it cuts off is counted as `cut_mass`.
     dense_below: prompts of at most so many tokens are read densely: below the
-      crossover, estimating costs more than it saves.
+      crossover, estimating costs more than it saves. In a batch with longer
+      ones, their rows list everything. -1: a batch all of whose prompts are
+      below the crossover that was measured on this device for these heads
+      (lcx/policy.json) is read densely; never, where none was measured.
   """
 
   width: int | None = None
-  dense_below: int = 0
+  dense_below: int = AS_MEASURED
+
+  @property
+  def measured_as(self) -> str:
+    """The selector's name in measured rows (experiments/selector_bench.py)."""
+    return ''
+
+  @property
+  def listed_whole(self) -> int:
+    """Rows of a batch with at most so many keys list everything."""
+    return max(self.dense_below, 0)
 
   def at_full_budget(self, length: int) -> Self:
     """Lists wide enough for every block of `length` tokens, and full."""
@@ -48,7 +64,9 @@ class BlockPrefill(Prefill):
 
   def at_tight_budget(self, length: int) -> Self:
     """Lists of the fewest blocks: sink, diagonal, and one to choose."""
-    return dataclasses.replace(self, width=4, **self.tight_budget(length))
+    return dataclasses.replace(
+      self, width=4, dense_below=0, **self.tight_budget(length)
+    )
 
   def tight_budget(self, length: int) -> dict[str, Any]:
     """The fields that make lists sparse at `length` tokens."""
@@ -63,8 +81,11 @@ class BlockPrefill(Prefill):
         f'prefill.width={self.width} must be at least 3: a row always lists '
         'the sink block and the blocks that its diagonal may cross'
       )
-    if self.dense_below < 0:
-      raise ValueError(f'prefill.{self.dense_below=} must be at least 0')
+    if self.dense_below < AS_MEASURED:
+      raise ValueError(
+        f'prefill.dense_below={self.dense_below} must be at least -1, which '
+        'stands for what was measured'
+      )
 
   def select(self, q, k, *, q_start, ctx: Context) -> Selected:
     """Lists for this shard's queries.
@@ -94,8 +115,8 @@ class BlockPrefill(Prefill):
     def dense():
       lists = dense_blocks(batch, heads, length)
       out, _ = block_sparse(q, keys, values, lists, **where)
-      zero = jnp.zeros_like(pairs)
-      return out, (pairs, pairs, zero, zero) if ctx.trace else ()
+      mass = whole_mass(q, ctx)
+      return out, (pairs, mass, mass, 0 * mass) if ctx.trace else ()
 
     def sparse():
       selected = self.select(q, keys, q_start=q_start, ctx=ctx)
@@ -107,12 +128,51 @@ class BlockPrefill(Prefill):
       estimated, cut = _over_queries(selected, where)
       return out, (seen, mass, estimated, cut)
 
-    if self.dense_below:
-      short = jnp.max(ctx.lengths) <= self.dense_below
-      out, found = jax.lax.cond(short, dense, sparse)
-    else:
-      out, found = sparse()
+    out, found = self.unless_short(
+      dense, sparse, heads, keys.shape[1], keys, ctx
+    )
     return out, cache, _trace(pairs, found)
+
+  def unless_short[T](
+    self,
+    dense: Callable[[], T],
+    sparse: Callable[[], T],
+    heads: int,
+    kv_heads: int,
+    k: Float[Array, 'B K S H'],
+    ctx: Context,
+  ) -> T:
+    """`dense()` where all prompts are as short as `dense_below`, or `sparse()`.
+
+    Args:
+      dense: reads everything.
+      sparse: reads what is selected.
+      heads: that are selected for, on this shard.
+      kv_heads: that they read.
+      k: keys of these and of other heads, of all sequence shards.
+      ctx: the context.
+    """
+    up_to = self.dense_below
+    if up_to == AS_MEASURED:
+      up_to = shards.dense_up_to(
+        'attention',
+        self.measured_as,
+        ctx.axes,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=k.shape[3],
+        bits=8 * k.dtype.itemsize,
+      )
+    if not up_to:
+      return sparse()
+    if k.shape[2] <= up_to:  # no prompt in it is longer
+      return dense()
+    return jax.lax.cond(jnp.max(ctx.lengths) <= up_to, dense, sparse)
+
+
+def whole_mass(q: Float[Array, 'B T N H'], ctx: Context) -> Float[Array, 'B']:
+  """The captured mass of who sees everything: 1 a valid query and head."""
+  return ctx.count.astype(jnp.float32) * q.shape[2]
 
 
 def _trace(pairs, found) -> Trace | None:

@@ -29,15 +29,16 @@ from kernels_pallas.block_sparse import (
   dense_blocks,
   mixed,
 )
-from lcx import head_profile, policy
+from lcx import head_profile
 from lcx.cache import Paged
 from lcx.cache.base import CacheShape, split
 from lcx.methods import shards
 from lcx.methods.base import Context, Decode, Method, Prefill, Rope, Trace
-from lcx.methods.block_prefill import BlockPrefill
+from lcx.methods.block_prefill import BlockPrefill, whole_mass
 from lcx.methods.compose import get_method
 from lcx.methods.dense import decode_trace, dense_pairs
 from lcx.methods.listed_pages import attend_listed, is_ring, listed_keys
+from lcx.policy import AS_MEASURED
 from lcx.select import audit
 from lcx.select.reused_pages import Choice
 from lcx.select.top_pages import take_pages, top_pages
@@ -97,7 +98,8 @@ class LServePrefill(Prefill):
       or the name of the method that it belongs to ('xattention').
     density: of `dynamic`; None, like the next: as that method has it.
     threshold: of `dynamic`.
-    dense_below: prompts of at most so many tokens are not selected from.
+    dense_below: prompts of at most so many tokens are not selected from. -1:
+      as `BlockPrefill` has it, for the heads that are selected for.
   """
 
   sink: int = 128
@@ -105,7 +107,7 @@ class LServePrefill(Prefill):
   dynamic: str | BlockPrefill = ''
   density: float | None = None
   threshold: float | None = None
-  dense_below: int = 0
+  dense_below: int = AS_MEASURED
 
   def at_full_budget(self, length: int) -> 'LServePrefill':
     chooser = self.chooser()
@@ -161,53 +163,52 @@ class LServePrefill(Prefill):
       'lengths': ctx.lengths,
       'sliding_window': ctx.sliding_window,
     }
-    blocks = self._blocks(q, keys, ring, cache, where['q_start'], ctx)
-    out, lse = block_sparse(q, keys, values, blocks, **where)
-    if not ctx.trace:
-      return out, cache, None
-    return out, cache, self._trace(q, keys, lse, ring, blocks, where, ctx)
 
-  def _blocks(self, q, keys, ring, cache, q_start, ctx: Context) -> BlockList:
-    batch, length, heads, _ = q.shape
+    def attended(blocks: BlockList):
+      out, lse = block_sparse(q, keys, values, blocks, **where)
+      if not ctx.trace:
+        return out, None
+      return out, self._trace(q, keys, lse, ring, blocks, where, ctx)
+
+    def unselected():
+      if not is_ring(cache):
+        return attended(dense_blocks(batch, heads, length))
+      return attended(self._rule(ring, EVERYTHING, batch, length))
+
     chooser = self.chooser()
-    if not chooser and not is_ring(cache):
-      return dense_blocks(batch, heads, length)
-    window = jnp.where(ring, self.local, 0 if chooser else EVERYTHING)
-    rule = mixed(jnp.where(ring, self.sink, 0), window, batch, length)
     if not chooser:
-      return rule
+      out, trace = unselected()
+      return out, cache, trace
     # Only retrieval heads are estimated, where their number is static.
-    kv_heads, group = keys.shape[1], heads // keys.shape[1]
     full = retrieval_heads(cache)
-    safe = jnp.maximum(full, 0)
-    some = q.reshape(batch, length, kv_heads, group, -1)[:, :, safe]
-    listed = chooser.select(
-      some.reshape(batch, length, -1, q.shape[3]),
-      keys[:, safe],
-      q_start=q_start,
-      ctx=ctx,
-    ).blocks
-    # Back to their places; other heads have empty lists.
-    own = (jnp.where(full < 0, kv_heads, full) * group)[:, None]
-    own = (own + jnp.arange(group)).reshape(-1)
+    group = heads // k.shape[2]
 
-    def place(x):
-      none = jnp.zeros((batch, heads, *x.shape[2:]), jnp.int32)
-      return none.at[:, own].set(x, mode='drop')
+    def selected():
+      safe = jnp.maximum(full, 0)
+      some = q.reshape(batch, length, k.shape[2], group, -1)[:, :, safe]
+      lists = chooser.select(
+        some.reshape(batch, length, -1, q.shape[3]),
+        keys[:, safe],
+        q_start=where['q_start'],
+        ctx=ctx,
+      ).blocks
+      rule = self._rule(ring, 0, batch, length)
+      return attended(_joined(lists, rule, ring, full))
 
-    count = jnp.where(ring[:, None], 0, place(listed.count))
-    return dataclasses.replace(
-      listed,
-      ids=place(listed.ids),
-      count=count,
-      sink=rule.sink,
-      window=rule.window,
+    out, trace = chooser.unless_short(
+      unselected, selected, group * len(full), len(full), keys, ctx
     )
+    return out, cache, trace
+
+  def _rule(self, ring, window: int, batch: int, length: int) -> BlockList:
+    """Streaming heads see sink and local tokens, the others `window`."""
+    sink = jnp.where(ring, self.sink, 0)
+    return mixed(sink, jnp.where(ring, self.local, window), batch, length)
 
   def _trace(self, q, keys, lse, ring, blocks, where, ctx: Context) -> Trace:
     pairs = dense_pairs(q, ctx)
     if blocks.dense:
-      return Trace(keys=pairs, pairs=pairs)
+      return Trace(keys=pairs, pairs=pairs, mass=whole_mass(q, ctx))
     near = jnp.minimum(ctx.positions + 1, self.sink + self.local)
     near = jnp.sum(jnp.where(ctx.valid, near, 0), axis=1, dtype=jnp.float32)
     each = pairs / q.shape[2]
@@ -236,7 +237,7 @@ class LServeDecode(Decode):
     group: 'max' or 'sum' of the scores of a kv head's query heads.
     crossover: a batch of at most so many tokens a row attends to everything:
       below, selecting costs more than it saves. -1: as was measured on this
-      device (lcx/policy.py), 0 where nothing was.
+      device (lcx/policy.json), 0 where nothing was.
   """
 
   budget: int = 4096
@@ -259,7 +260,7 @@ class LServeDecode(Decode):
         f'decode.sink={self.sink} must be at least 0, decode.recent='
         f'{self.recent} and decode.reuse={self.reuse} at least 1'
       )
-    if self.crossover < -1:
+    if self.crossover < AS_MEASURED:
       raise ValueError(f'decode.crossover={self.crossover} must be at least -1')
     if self.budget < self.sink + self.recent:
       raise ValueError(
@@ -338,19 +339,17 @@ class LServeDecode(Decode):
     return out, cache, state, trace
 
   def _crossover(self, q, cache, ctx: Context) -> int:
-    if self.crossover >= 0:
+    if self.crossover != AS_MEASURED:
       return self.crossover
-    shards = jax.lax.axis_size(ctx.axes.model)
-    measured = policy.load().crossover(
+    return shards.dense_up_to(
       'step',
       'lserve',
-      device=jax.devices()[0].device_kind,
-      heads=q.shape[2] * shards,
-      kv_heads=cache.page_starts().shape[1] * shards,
+      ctx.axes,
+      heads=q.shape[2],
+      kv_heads=cache.page_starts().shape[1],
       head_dim=q.shape[3],
       bits=cache.pages().bits,
     )
-    return measured or 0
 
   def _choose(self, q, cache, newest, held, due, ctx: Context):
     """Slots [B K n] of the pages that retrieval heads see: held, if not due."""
@@ -398,6 +397,33 @@ def retrieval_heads(cache) -> Int32[Array, 'h']:
   if is_ring(cache) and cache.stats is not None:
     return cache.stats_heads()
   return jnp.arange(cache.page_starts().shape[1], dtype=jnp.int32)
+
+
+def _joined(lists: BlockList, rule: BlockList, ring, full) -> BlockList:
+  """Lists of the kv heads `full` at their places; other heads follow the rule.
+
+  Args:
+    lists: of those heads' queries.
+    rule: of all heads.
+    ring: bool [N] which query heads stream.
+    full: int32 [h] kv heads; -1 pads.
+  """
+  batch, heads = rule.count.shape[:2]
+  group = lists.count.shape[1] // len(full)
+  own = (jnp.where(full < 0, heads // group, full) * group)[:, None]
+  own = (own + jnp.arange(group)).reshape(-1)
+
+  def place(x):
+    none = jnp.zeros((batch, heads, *x.shape[2:]), jnp.int32)
+    return none.at[:, own].set(x, mode='drop')
+
+  return dataclasses.replace(
+    lists,
+    ids=place(lists.ids),
+    count=jnp.where(ring[:, None], 0, place(lists.count)),
+    sink=rule.sink,
+    window=rule.window,
+  )
 
 
 def _with_rings(slots, cache):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from kernels_pallas.partial import Partial, merge_over
+from lcx import policy
 from lcx.methods.base import Axes, Context
 
 
@@ -95,6 +96,45 @@ def window(n_kv_heads: int, sliding_window: int | None) -> dict[str, Any]:
     'sink': jnp.zeros((n_kv_heads,), jnp.int32),
     'window': jnp.full((n_kv_heads,), sliding_window, jnp.int32),
   }
+
+
+def dense_up_to(
+  op: str,
+  method: str,
+  axes: Axes,
+  *,
+  heads: int,
+  kv_heads: int,
+  head_dim: int,
+  bits: int,
+) -> int:
+  """Tokens up to which `method` should stay dense here, as was measured.
+
+  Args:
+    op: as in `lcx.policy.Entry`, like the following.
+    method: whose crossover.
+    axes: devices that share one attention; entries are of as many.
+    heads: of this shard.
+    kv_heads: of this shard.
+    head_dim: H.
+    bits: of the cache or the keys.
+
+  Returns:
+    One less than the crossover; 0 where none was measured.
+  """
+  across = jax.lax.axis_size(axes.model)
+  devices = across * jax.lax.axis_size(axes.seq)
+  kind = jax.devices()[0].device_kind
+  found = policy.load().crossover(
+    op,
+    method,
+    device=kind if devices == 1 else f'{devices} x {kind}',
+    heads=heads * across,
+    kv_heads=kv_heads * across,
+    head_dim=head_dim,
+    bits=bits,
+  )
+  return (found or 1) - 1
 
 
 def merged(part: Partial, axes: Axes) -> Float[Array, 'B T N H']:

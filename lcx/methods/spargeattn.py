@@ -29,6 +29,10 @@ class SpargePrefill(BlockPrefill):
   density: float | None = None
   similarity: float = 0.6
 
+  @property
+  def measured_as(self) -> str:
+    return 'sparge'
+
   def full_budget(self, length: int) -> dict[str, Any]:
     return {'threshold': 1.0, 'density': None}
 
@@ -50,7 +54,7 @@ class SpargePrefill(BlockPrefill):
       density=self.density,
       similarity=self.similarity,
       width=self.width,
-      dense_below=self.dense_below,
+      dense_below=self.listed_whole,
     )
 
 

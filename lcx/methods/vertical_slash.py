@@ -31,6 +31,10 @@ class VerticalSlashPrefill(BlockPrefill):
   diagonals: int = 6096
   window: int = 64
 
+  @property
+  def measured_as(self) -> str:
+    return 'vertical_slash'
+
   def full_budget(self, length: int) -> dict[str, Any]:
     return {'columns': max(length, 1)}
 
@@ -59,7 +63,7 @@ class VerticalSlashPrefill(BlockPrefill):
       columns=self.columns,
       diagonals=self.diagonals,
       width=self.width,
-      dense_below=self.dense_below,
+      dense_below=self.listed_whole,
     )
 
 

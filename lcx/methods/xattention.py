@@ -32,6 +32,10 @@ class XAttentionPrefill(BlockPrefill):
   stride: int = 16
   per: str = 'head'
 
+  @property
+  def measured_as(self) -> str:
+    return f'xattention_{self.stride}'
+
   def full_budget(self, length: int) -> dict[str, Any]:
     return {'threshold': 1.0, 'density': None}
 
@@ -51,7 +55,7 @@ class XAttentionPrefill(BlockPrefill):
       density=self.density,
       stride=self.stride,
       width=self.width,
-      dense_below=self.dense_below,
+      dense_below=self.listed_whole,
       per=self.per,
     )
 

@@ -217,7 +217,7 @@ def test_the_crossover_may_come_from_the_policy(monkeypatch):
     device=jax.devices()[0].device_kind,
     **where,
     crossover=120,
-    evidence=((60, 0.5), (120, 1.5)),
+    evidence=((60, 0.5, ''), (120, 1.5, '')),
   )
   monkeypatch.setattr(policy, 'load', lambda: policy.Policy((entry,)))
   line = Line(decode=dataclasses.replace(DECODE, crossover=-1))

@@ -1,0 +1,164 @@
+"""Block-selecting prefills: below the measured crossover they read densely."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from lcx import cache as caches
+from lcx import methods, policy, sharding
+from lcx.cache import CacheShape
+from lcx.methods.base import Context
+from lcx.methods.block_prefill import BlockPrefill
+from lcx.methods.lserve import LServePrefill, TwoWayPaged
+from lcx.policy import AS_MEASURED, Policy
+
+HEADS, K, H = 4, 2, 8
+SELECTORS = {
+  'xattention': 'xattention_16',
+  'spargeattn': 'sparge',
+  'vertical_slash': 'vertical_slash',
+}
+
+
+def tight(name, **fields) -> BlockPrefill:
+  part = methods.get_method(name).prefill
+  return dataclasses.replace(part.at_tight_budget(1024), **fields)
+
+
+def measured(method, crossover, **fields):
+  """A policy that knows one crossover, on this device."""
+  where = {
+    'device': jax.devices()[0].device_kind,
+    'heads': HEADS,
+    'kv_heads': K,
+    'head_dim': H,
+    'bits': 32,
+  }
+  evidence = ((crossover // 2, 0.5, '1/8'), (crossover, 1.5, '1/8'))
+  return Policy(
+    (
+      policy.Entry(
+        op='attention',
+        method=method,
+        crossover=crossover,
+        evidence=evidence,
+        **(where | fields),
+      ),
+    )
+  )
+
+
+def tokens(length):
+  """q [1 T N H], k and v [1 T K H]."""
+  rng = np.random.default_rng(0)
+  return (
+    rng.normal(size=(1, length, n, H)).astype(np.float32) for n in (HEADS, K, K)
+  )
+
+
+def layer(part, length, cache=caches.CONFIGS['dense']):
+  """(lengths -> (out, trace)) of one row of `length` places."""
+  q, k, v = map(jnp.asarray, tokens(length))
+  held = cache.init(CacheShape(1, K, H, length, jnp.float32, layer=0))
+  at = jnp.arange(length, dtype=jnp.int32)[None]
+
+  def run(held, lengths):
+    ctx = Context(
+      positions=at,
+      valid=at < lengths[:, None],
+      source=at,
+      lengths=lengths,
+      layer=jnp.int32(0),
+      key=jax.random.key(0),
+      trace=True,
+    )
+    out, _, trace = part.attend(q, k, v, lambda x, _: x, held, ctx)
+    return out, trace
+
+  call = jax.shard_map(
+    run,
+    mesh=sharding.make_mesh(),
+    in_specs=P(),
+    out_specs=P(),
+    check_vma=False,
+  )
+  return lambda lengths: call(held, jnp.asarray(lengths, jnp.int32))
+
+
+def selects(monkeypatch, part, length=128) -> bool:
+  """Whether a selector is traced for prompts of up to `length` tokens."""
+  chooser = part.chooser() if isinstance(part, LServePrefill) else part
+  select, calls = type(chooser).select, []
+
+  def counted(self, *args, **kwargs):
+    calls.append(self)
+    return select(self, *args, **kwargs)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(type(chooser), 'select', counted)
+    cache = TwoWayPaged(page=8, logical_page=4, ring_heads=((False, True),))
+    if chooser is part:
+      cache = caches.CONFIGS['dense']
+    jax.eval_shape(layer(part, length, cache), np.array([length]))
+  return bool(calls)
+
+
+def test_short_prompts_are_read_densely_long_ones_are_not(monkeypatch):
+  monkeypatch.setattr(policy, 'load', lambda: measured('xattention_16', 1000))
+  run = jax.jit(layer(tight('xattention', dense_below=AS_MEASURED), 1024))
+  out, trace = run([999])
+  assert trace.keys == trace.pairs == HEADS * 999 * 1000 / 2
+  assert trace.mass == trace.counters['estimated_mass'] == 999 * HEADS
+  q, k, v = (x[0] for x in tokens(1024))
+  weight = np.exp(k[:999, 1] @ q[998, 3] * H**-0.5)
+  want = weight @ v[:999, 1] / weight.sum()
+  np.testing.assert_allclose(out[0, 998, 3], want, rtol=1e-4, atol=1e-5)
+  _, trace = run([1000])
+  assert trace.keys < 0.6 * trace.pairs
+  assert trace.mass < 1000 * HEADS
+
+
+@pytest.mark.parametrize('name', SELECTORS)
+def test_an_entry_is_read_where_it_fits(monkeypatch, name):
+  part = tight(name, dense_below=AS_MEASURED)
+  assert methods.get_method(name).prefill.dense_below == AS_MEASURED
+  known = SELECTORS[name]
+  monkeypatch.setattr(policy, 'load', lambda: measured(known, 129))
+  assert not selects(monkeypatch, part)
+  assert selects(monkeypatch, dataclasses.replace(part, dense_below=0))
+  monkeypatch.setattr(policy, 'load', lambda: measured('other', 129))
+  assert selects(monkeypatch, part)
+
+
+def test_another_device_or_shape_has_no_entry(monkeypatch):
+  part = tight('spargeattn', dense_below=AS_MEASURED)
+  for found in (
+    measured('sparge', 128),  # faster from 128 tokens on
+    measured('sparge', 129, device='4 x cpu'),
+    measured('sparge', 129, heads=8),
+    measured('sparge', 129, bits=16),
+    policy.load(),  # what is committed says nothing of CPUs
+  ):
+    monkeypatch.setattr(policy, 'load', lambda found=found: found)
+    assert selects(monkeypatch, part), found
+
+
+def test_lserve_reads_the_entry_of_the_heads_it_selects_for(monkeypatch):
+  part = LServePrefill(dynamic='xattention', sink=5, local=37)
+  shape = {'heads': HEADS // K, 'kv_heads': 1}
+  for found, want in (
+    (measured('xattention_16', 129, **shape), False),
+    (measured('xattention_16', 129), True),
+  ):
+    monkeypatch.setattr(policy, 'load', lambda found=found: found)
+    assert selects(monkeypatch, part) == want
+  assert not selects(monkeypatch, dataclasses.replace(part, dense_below=200))
+
+
+def test_only_lengths_and_as_measured_are_legal():
+  with pytest.raises(ValueError, match=r'dense_below=-2 must be at least -1'):
+    tight('xattention', dense_below=-2).check(None, 1000)
