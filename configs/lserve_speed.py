@@ -20,7 +20,8 @@ def get_config(arg=''):
   cache = {16: 'paged', 8: 'paged_int8', 4: 'paged_int4'}[arg.bits]
   dense = 'dense' if arg.bits == 16 else f'dense+{cache}+dense'
   static = {'profile': 'alternate'}
-  dynamic = {'dynamic': 'xattention', 'density': 0.125}
+  # Selected at every length, whatever the policy file advises.
+  dynamic = {'dynamic': 'xattention', 'density': 0.125, 'dense_below': 0}
   prefill = arg.op == 'prefill'
   lserve = {'method': 'lserve', 'bits': arg.bits}
   config.methods = common.table(

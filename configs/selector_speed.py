@@ -4,7 +4,7 @@ python -m experiments.run --config=configs/selector_speed.py
 
 Arguments: `smoke` (a short prompt, no peer, seconds on a CPU), `length=N` (one
 length in place of all). The ratio of an `attention` row is the speed-up over
-cuDNN; the length from which it passes 1 is the crossover.
+cuDNN; `python -m experiments.fit_policy` reads crossovers off the rows.
 """
 
 from configs import common

@@ -11,7 +11,12 @@ and the whole prompt at once. Keys attended and captured softmax mass (exact,
 over sampled queries) stand beside every score.
 """
 
+from typing import Any
+
 from configs import common
+
+# What is asked for is measured, whatever the policy file advises.
+SELECT = {'dense_below': 0}
 
 
 def get_config(arg=''):
@@ -23,10 +28,10 @@ def get_config(arg=''):
   rows = {
     'dense': {},
     'a_shape': {'prefill': {'sink': 128, 'recent': 512}},
-    'vertical_slash': {'prefill': {'columns': 128, 'diagonals': 256}},
-    'spargeattn': {'prefill': {'threshold': 0.9, 'similarity': 0.2}},
+    'vertical_slash': {'prefill': {'columns': 128, 'diagonals': 256} | SELECT},
+    'spargeattn': {'prefill': {'threshold': 0.9, 'similarity': 0.2} | SELECT},
     'snapkv': {'decode': {'budget': 512}},
-    'xattention': {},
+    'xattention': {'prefill': SELECT},
   }
   if not arg.method and not arg.smoke:
     rows |= sweep()
@@ -55,21 +60,21 @@ def get_config(arg=''):
 
 def sweep():
   """Labels hold no dots: they are names of fields."""
-  rows = {}
+  rows: dict[str, Any] = {}
   for stride in (8, 16):
     for percent in (70, 80, 95):
       rows[f'xattention s{stride} t{percent}'] = {
         'method': 'xattention',
-        'prefill': {'stride': stride, 'threshold': percent / 100},
+        'prefill': {'stride': stride, 'threshold': percent / 100} | SELECT,
       }
   for share in (2, 4, 8):
     rows[f'xattention s16 d{share}'] = {
       'method': 'xattention',
-      'prefill': {'threshold': None, 'density': 1 / share},
+      'prefill': {'threshold': None, 'density': 1 / share} | SELECT,
     }
   for percent in (50, 98):
     rows[f'spargeattn t{percent}'] = {
       'method': 'spargeattn',
-      'prefill': {'threshold': percent / 100, 'similarity': -0.1},
+      'prefill': {'threshold': percent / 100, 'similarity': -0.1} | SELECT,
     }
   return rows

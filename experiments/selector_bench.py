@@ -2,8 +2,8 @@
 
 Two ops a selector and length: `estimate` is the selector alone; `attention` is
 selector and block_sparse in one program, beside dense cuDNN on the same
-numbers: its ratio is the speed-up. Lengths from 4K on show the crossover, the
-length from which the ratio passes 1.
+numbers: its ratio is the speed-up. Lengths from 4K on show the crossover, which
+fit_policy.py finds against our own dense, since that runs in its place.
 
 Queries and keys are random with a drift a block, so that blocks differ in
 weight. At a fixed density the time depends little on numbers; the density and
