@@ -14,7 +14,7 @@ import importlib.util
 import io
 import os
 import threading
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -48,8 +48,10 @@ class Numbers:
   def __post_init__(self):
     if self.kind not in KINDS:
       raise ValueError(f'index kind={self.kind!r} must be one of {KINDS}')
-    if self.degree < 4 or self.degree % 2:
-      raise ValueError(f'index degree={self.degree} must be even, at least 4')
+    if not 4 <= self.degree <= 256 or self.degree % 2:
+      raise ValueError(
+        f'index degree={self.degree} must be even, from 4 to 256'
+      )
     if self.projection not in ('auto', 'pivot', 'clique'):
       raise ValueError(
         f"index projection={self.projection!r} must be 'auto', 'pivot' or "
@@ -229,8 +231,8 @@ def fingerprint(*arrays: np.ndarray) -> str:
 def to_bytes(index: Index, numbers: Numbers, of: str) -> bytes:
   """An index, with the fingerprint `of` its keys."""
   out = io.BytesIO()
-  numbered = {'of': np.array(of), 'numbers': np.array(repr(numbers))}
-  np.savez(out, **numbered, **index.dump())
+  arrays: dict[str, Any] = {**index.dump(), 'of': of, 'numbers': repr(numbers)}
+  np.savez(out, **arrays)
   body = out.getvalue()
   return body + hashlib.sha256(body).digest()
 

@@ -189,11 +189,14 @@ def _graph(numbers, x, tokens, queries) -> GraphIndex:
       )
       for head in range(1 + int(queries.held_of.max()))
     ]
-  hnsw = [_projected(numbers, store, *h, queries.key_near) for h in heads]
+  by_key = None
+  if queries.key_near is not None:
+    by_key = graphs.between_keys(queries.key_near, len(x), numbers.degree // 2)
+  hnsw = [_projected(numbers, store, *h, by_key) for h in heads]
   return GraphIndex(store, tokens, hnsw)
 
 
-def _projected(numbers, store, near, held_out, held_near, key_near):
+def _projected(numbers, store, near, held_out, held_near, by_key):
   """The projection that fits the queries.
 
   Where the first neighbours of queries are few keys, cliques; where they are
@@ -208,7 +211,7 @@ def _projected(numbers, store, near, held_out, held_near, key_near):
   for kind in kinds:
     links, entry = graphs.graph(
       near,
-      key_near,
+      by_key,
       store.ntotal,
       degree=numbers.degree,
       projection=kind,

@@ -13,19 +13,25 @@ prefill queries. With attention's few hub keys its projection loses most keys
 
 and both with links between neighbouring keys. Every key can be reached.
 
-Links are sorted as packed integers: a model has hundreds of heads, and numpy
-sorts those ten times faster than it sorts indices by several keys.
+A model has hundreds of heads, whose graphs many threads make side by side.
+Links are sorted as packed integers, which numpy does ten times faster than
+indices by several keys, and by blocks of rows: memory that is taken from the
+system anew costs more than the work on it, the more so the more threads take
+it.
 """
 
 import numpy as np
 
 _PIVOTS = 8
+_AT_ONCE = 64  # queries that choose pivots before any of them counts as used
 _BITS = 21  # of a key's number
+_PLACES = 9  # bits of a place in a row
+_ROWS = 4096
 
 
 def graph(
   near: np.ndarray,
-  key_near: np.ndarray | None,
+  by_key: np.ndarray | None,
   n: int,
   *,
   degree: int,
@@ -36,27 +42,38 @@ def graph(
 
   Args:
     near: int [Q c] nearest keys of each query, best first; -1: none.
-    key_near: int [n d] nearest keys of each key, or None.
+    by_key: links between keys, of `between_keys`, or None.
     n: keys.
-    degree: links of a key at most; half of them go by queries, half by keys.
+    degree: links of a key, at most 2^8; those by queries are what is left of
+      them beside those by keys.
     projection: 'pivot' or 'clique'.
-    seed: of the clique's draws.
+    seed: of what is drawn.
   """
   draw = np.random.default_rng(seed)
   project = {'pivot': _pivot, 'clique': _clique}[projection]
-  share = degree if key_near is None else degree // 2
+  share = degree if by_key is None else degree - by_key.shape[1]
   links = project(near, n, share, draw)
-  if key_near is not None:
-    a = np.repeat(np.arange(len(key_near)), key_near.shape[1])
-    b = key_near.reshape(-1)
-    rank = np.tile(np.arange(key_near.shape[1]), len(key_near))
-    pairs = np.concatenate([a, b]), np.concatenate([b, a])
-    by_key = capped(*pairs, np.concatenate([rank, rank]), n, degree - share)
+  if by_key is not None:
     links = np.concatenate([links, by_key], axis=1)
-    links = _no_repeats(links)
   used = np.bincount(near[near >= 0], minlength=n)
   entry = int(np.argmax(used))
-  return reachable(links, entry, draw).astype(np.int32), entry
+  return reachable(links, entry, draw), entry
+
+
+def between_keys(key_near: np.ndarray, n: int, degree: int) -> np.ndarray:
+  """Links int32 [n degree] of keys to their nearest ones, and back.
+
+  Args:
+    key_near: int [n d] nearest keys of each key, best first; -1: none.
+    n: keys.
+    degree: links of a key.
+  """
+  width = key_near.shape[1]
+  a = np.repeat(np.arange(n, dtype=np.int32), width)
+  b = key_near.reshape(-1)
+  rank = np.tile(np.arange(width, dtype=np.int32), n)
+  pairs = np.concatenate([a, b]), np.concatenate([b, a])
+  return capped(*pairs, np.concatenate([rank, rank]), n, degree)
 
 
 def hubs(near: np.ndarray) -> float:
@@ -77,12 +94,17 @@ def capped(a, b, priority, n: int, degree: int) -> np.ndarray:
   if n >= 1 << _BITS:
     raise ValueError(f'a graph holds fewer than {1 << _BITS} keys, not {n}')
   good = (a >= 0) & (b >= 0) & (a != b)
-  a, b, priority = (x[good].astype(np.int64) for x in (a, b, priority))
-  packed = np.sort((a << (_BITS + 12)) | (priority << _BITS) | b)
+  packed = a[good].astype(np.int64)
+  packed <<= 12
+  packed |= priority[good]
+  packed <<= _BITS
+  packed |= b[good]
+  packed.sort()
   a, b = packed >> (_BITS + 12), packed & ((1 << _BITS) - 1)
-  place = np.arange(len(a)) - np.searchsorted(a, a)
+  count = np.bincount(a, minlength=n)
+  place = np.arange(len(a)) - (np.cumsum(count) - count)[a]
   kept = place < 2 * degree  # some are repeated
-  links = np.full((n, 2 * degree), -1, np.int64)
+  links = np.full((n, 2 * degree), -1, np.int32)
   links[a[kept], place[kept]] = b[kept]
   return _no_repeats(links)[:, :degree]
 
@@ -121,15 +143,16 @@ def _reached(links: np.ndarray, entry: int) -> np.ndarray:
 
 
 def _pivot(near, n, degree, draw):
-  del draw
-  used = np.zeros(n, np.int64)
-  first = near[:, : min(_PIVOTS, near.shape[1])].tolist()
-  pivots = np.empty(len(near), np.int64)
-  for i, row in enumerate(first):
-    best = min((k for k in row if k >= 0), key=used.__getitem__, default=-1)
-    pivots[i] = best
-    if best >= 0:
-      used[best] += 1
+  used = np.zeros(n + 1, np.int32)  # -1 falls on the last
+  first = near[:, : min(_PIVOTS, near.shape[1])]
+  order = draw.random(first.shape, np.float32)  # of those used as often
+  pivots = np.full(len(near), -1, np.int64)
+  for i in range(0, len(near), _AT_ONCE):
+    some = first[i : i + _AT_ONCE]
+    rank = np.where(some >= 0, used[some] + order[i : i + _AT_ONCE], np.inf)
+    chosen = some[np.arange(len(some)), np.argmin(rank, axis=1)]
+    pivots[i : i + _AT_ONCE] = chosen
+    np.add.at(used, chosen, 1)
   width = near.shape[1]
   rank = np.tile(np.arange(width), len(near))
   star = np.repeat(pivots, width), near.reshape(-1)
@@ -153,20 +176,26 @@ def _clique(near, n, degree, draw):
   place = np.minimum(begin[:, None] + draws, len(places) - 1)
   query = places[place] // near.shape[1]
   other = draw.integers(0, near.shape[1], query.shape)
-  links = near[query, other].astype(np.int64)
+  links = near[query, other]
   alone = (links == np.arange(n)[:, None]) | (count == 0)[:, None]
   return _no_repeats(np.where(alone, -1, links))[:, :degree]
 
 
 def _no_repeats(links: np.ndarray) -> np.ndarray:
   """Rows without repeated links, in their order, -1 at their ends."""
-  width = links.shape[1]
-  place = np.arange(width)
-  none = 1 << _BITS
-  ids = np.where(links < 0, none, links)
-  by_id = np.sort((ids << 12) | place, axis=1)
-  ids = by_id >> 12
-  ids[:, 1:] = np.where(ids[:, 1:] == ids[:, :-1], none, ids[:, 1:])
-  place = np.where(ids == none, 4095, by_id & 4095)
-  ids = np.sort((place << (_BITS + 1)) | ids, axis=1) & ((none << 1) - 1)
-  return np.where(ids == none, -1, ids)
+  if links.shape[1] > 1 << _PLACES:
+    raise ValueError(f'a row holds at most {1 << _PLACES} links')
+  out = np.empty(links.shape, np.int32)
+  place = np.arange(links.shape[1], dtype=np.uint32)
+  none, last = np.uint32(1 << _BITS), np.uint32((1 << _PLACES) - 1)
+  for first in range(0, len(links), _ROWS):
+    some = links[first : first + _ROWS]
+    packed = np.where(some < 0, none, some).astype(np.uint32)
+    packed = np.sort((packed << _PLACES) | place, axis=1)
+    ids = packed >> _PLACES
+    ids[:, 1:][ids[:, 1:] == ids[:, :-1]] = none
+    packed = np.where(ids == none, last, packed & last)
+    packed = np.sort((packed << (_BITS + 1)) | ids, axis=1)
+    ids = packed & np.uint32(2 * none - 1)
+    out[first : first + _ROWS] = np.where(ids == none, -1, ids.astype(np.int32))
+  return out

@@ -189,7 +189,7 @@ def test_every_key_can_be_reached(projection, by_key):
   queries = Queries(x, q)
   links, entry = vg.graph(
     queries.near,
-    queries.key_near if by_key else None,
+    vg.between_keys(queries.key_near, 400, 8) if by_key else None,
     400,
     degree=16,
     projection=projection,
