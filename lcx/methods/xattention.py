@@ -34,7 +34,7 @@ class XAttentionPrefill(BlockPrefill):
 
   @property
   def measured_as(self) -> str:
-    return f'xattention_{self.stride}'
+    return f'xattention_{self.stride}' if self.per == 'head' else ''
 
   def full_budget(self, length: int) -> dict[str, Any]:
     return {'threshold': 1.0, 'density': None}
