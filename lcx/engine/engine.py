@@ -94,6 +94,7 @@ class Engine:
     mesh: with axes ("data", "seq", "model"); None: one device.
     room: of `capacity`, tokens that come after the prompt.
     new_keys: which sequence shards these live on: 'last', or all by turns.
+    residual: whether prefill's activations are spread over "model", too.
     trace: sums keys attended; off, results say 0.
     readings: dense prefills shared with other engines of the same weights.
 
@@ -113,6 +114,7 @@ class Engine:
     mesh: jax.sharding.Mesh | None = None,
     room: int = 256,
     new_keys: NewKeys = 'last',
+    residual: steps.Residual = 'whole',
     trace: bool = True,
     readings: Readings | None = None,
   ):
@@ -133,7 +135,7 @@ class Engine:
     self.placement = Placement(
       method, mesh.shape['seq'], capacity, room, new_keys
     )
-    self.plan = steps.Plan(config, method, mesh, trace)
+    self.plan = steps.Plan(config, method, mesh, trace, residual)
     specs = weight_specs(config, mesh)
     self.weights = sharding.place(weights, sharding.named(mesh, specs))
     self.learned: tuple = ((),) * config.n_layers
@@ -265,7 +267,7 @@ class Engine:
     shared = self._readings
     if shared is not None and not shared.fits(self.plan, tokens.shape):
       shared = None
-    key = (self.mesh, tokens.tobytes(), tokens.shape)
+    key = (self.plan.residual, self.mesh, tokens.tobytes(), tokens.shape)
     known = shared.get(key) if shared is not None else None
     caches, states = map(list, self._empty())
     start, compiled = time.perf_counter(), self.compile_s

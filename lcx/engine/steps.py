@@ -7,7 +7,8 @@ collectives that the weights' sharding asks for.
 
 import dataclasses
 import functools
-from typing import Any
+import math
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ from lcx.models.transformer import (
 )
 
 AXES = Axes()
+Residual = Literal['whole', 'spread']
 _ROWS = P(AXES.data)
 _PROMPT = P(AXES.data, AXES.seq)
 
@@ -42,20 +44,44 @@ class Plan:
     method: the composition.
     mesh: with axes ("data", "seq", "model").
     trace: sums what attention did into the results.
+    residual: in prefill, between attention and feed-forward, the devices along
+      "model" all hold the tokens of their sequence shard ('whole'), or each its
+      part of them ('spread': sequence parallelism, arXiv:2205.05198): less
+      memory, and sums over heads and feed-forward may be scattered.
+
+  Raises:
+    ValueError: an unknown `residual`.
   """
 
   config: ModelConfig
   method: Method
   mesh: jax.sharding.Mesh
   trace: bool = True
+  residual: Residual = 'whole'
+
+  def __post_init__(self):
+    if self.residual not in get_args(Residual):
+      raise ValueError(
+        f'residual={self.residual!r} must be one of {get_args(Residual)}'
+      )
+
+  @property
+  def token_axes(self) -> tuple[str, ...]:
+    """Axes over which a prefill's tokens are spread between its parts."""
+    if self.residual == 'spread':
+      return (AXES.seq, AXES.model)
+    return (AXES.seq,)
 
   @property
   def chunk(self) -> int:
     """Positions of feed-forward that a shard does at a time in prefill.
 
     On a CPU, what a chunk makes fits the cache (`layer_output` has the times).
+    Pieces of a shard do theirs together.
     """
-    return 512 if self.mesh.devices.flat[0].platform == 'cpu' else 4096
+    chunk = 512 if self.mesh.devices.flat[0].platform == 'cpu' else 4096
+    together = math.prod(self.mesh.shape[a] for a in self.token_axes[1:])
+    return max(1, chunk // together)
 
   def at_layer(self, layer: int) -> 'Plan':
     """The plan of a decode step's layer."""
@@ -77,6 +103,20 @@ class Plan:
     return jax.lax.with_sharding_constraint(
       x, NamedSharding(self.mesh, P(*spec))
     )
+
+  def place_tokens(self, x):
+    """Pins activations [B T D] of a prefill.
+
+    Raises:
+      ValueError: their pieces would not be equal.
+    """
+    size = math.prod(self.mesh.shape[a] for a in self.token_axes)
+    if x.shape[1] % size:
+      raise ValueError(
+        f"residual={self.residual!r} cuts the prompt's {x.shape[1]} padded "
+        f"tokens into {size} equal pieces: take residual='whole'"
+      )
+    return self.place(x, AXES.data, self.token_axes)
 
   def context(self, **arrays) -> Context:
     return Context(
@@ -183,7 +223,7 @@ def prefill_layer(
     learned,
   )
   x = chunked_output(layer_weights, x, out, plan)
-  return plan.place(x, AXES.data, AXES.seq), cache, state, sums
+  return plan.place_tokens(x), cache, state, sums
 
 
 def fill_layer(
@@ -242,25 +282,37 @@ def fill_layer(
 
 
 def chunked_output(layer_weights, x, attention, plan: Plan):
-  """`layer_output` in chunks of each shard's own tokens.
+  """`layer_output` in chunks of each piece's own tokens.
 
   Chunks of the whole sequence would cross the shards, and the compiler would
   all-gather activations: 12 GB a layer at 1M tokens of an 8B model.
   """
-  size = plan.mesh.shape[AXES.seq]
-  batch, total, width = x.shape
-  rows = (AXES.data, AXES.seq)
-  if size > 1:  # shards as rows
-    x = plan.place(x.reshape(batch * size, -1, width), rows)
-    attention = attention.reshape(batch * size, -1, *attention.shape[2:])
-    attention = plan.place(attention, rows, None, AXES.model)
+  size = math.prod(plan.mesh.shape[a] for a in plan.token_axes)
+  shape = x.shape
+  data = plan.mesh.shape[AXES.data]
+  pieces = (data, shape[0] // data, size, shape[1] // size)
+
+  def as_rows(x):
+    # A row is all that one device has: were the batch's rows apart, a device
+    # with several would send most of its tokens away.
+    rest = x.shape[2:]
+    return (
+      x.reshape(*pieces, *rest).swapaxes(1, 2).reshape(data * size, -1, *rest)
+    )
+
+  if size > 1:
+    rows = (AXES.data, *plan.token_axes)
+    x = plan.place(as_rows(x), rows)
+    attention = plan.place(as_rows(attention), rows[:2], None, AXES.model)
   x = layer_output(layer_weights, x, attention, plan.config, plan.chunk)
-  return x.reshape(batch, total, width)
+  if size > 1:
+    x = x.reshape(data, size, pieces[1], pieces[3], -1).swapaxes(1, 2)
+  return x.reshape(shape)
 
 
 def embed_tokens(weights: Any, tokens: Int32[Array, 'B T'], *, plan: Plan):
   """Embeddings of the laid-out prompt, sharded over rows and sequence."""
-  return plan.place(embed(weights, tokens, plan.config), AXES.data, AXES.seq)
+  return plan.place_tokens(embed(weights, tokens, plan.config))
 
 
 def last_logits(
