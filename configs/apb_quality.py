@@ -53,6 +53,7 @@ def get_config(arg=''):
   config.haystack = ''
   config.mesh = (1, 1, 1)
   config.new_keys = 'last'
+  config.residual = 'whole'
   config.transfer_guard = 'allow'
   if arg.short or arg.needle:
     config.tasks = common.table({n: {'questions': 1} for n in TASKS[:2]})

@@ -36,6 +36,7 @@ def get_config(arg=''):
   config.haystack = ''
   config.mesh = (1, 1, 1)
   config.new_keys = 'last'
+  config.residual = 'whole'
   config.transfer_guard = 'allow'
   if arg.smoke:
     config.model = 'preset:tiny'

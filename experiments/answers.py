@@ -16,6 +16,7 @@ from experiments.prompts import Template
 from experiments.results import Row
 from lcx.engine.placement import NewKeys
 from lcx.engine.readings import Readings
+from lcx.engine.steps import Residual
 
 DEGENERATE = 0.5  # density above which a sparse method is not sparse
 _PAGE = 64  # capacities are multiples of it
@@ -69,6 +70,7 @@ class Setting:
   shared_gib: float = 0.0
   mesh: tuple[int, int, int] = (1, 1, 1)
   new_keys: NewKeys = 'last'
+  residual: Residual = 'whole'
 
 
 def answer(
@@ -196,6 +198,7 @@ def make_engine(
     method,
     mesh=mesh,
     new_keys=setting.new_keys,
+    residual=setting.residual,
     capacity=capacity_for(length, setting.capacity),
     batch=setting.batch,
     readings=readings,

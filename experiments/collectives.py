@@ -7,6 +7,9 @@ Of a device, with P in its group and n bytes of result or operand:
   reduce-scatter          (P - 1) * result
   collective-permute      pairs / devices * result: the mean of all devices,
                           where not each of them receives
+
+A TPU's compiler writes a reduce-scatter as a computation that holds an
+all-reduce, and whose name says so: it counts as (P - 1) / P * its result.
 """
 
 import math
@@ -37,7 +40,10 @@ def collective_bytes(text: str, devices: int) -> dict[str, float]:
   Each op counts once, in a loop or a branch, too.
   """
   found: dict[str, float] = {}
+  scattered = False
   for line in text.splitlines():
+    if line.endswith('{'):  # a computation begins
+      scattered = line.startswith('%all-reduce-scatter')
     match = _OP.search(line)
     if not match:
       continue
@@ -52,6 +58,8 @@ def collective_bytes(text: str, devices: int) -> dict[str, float]:
       arrays = [a for a in arrays if a > 4]  # without contexts
       size = float(sum(arrays[len(arrays) // 2 :]))  # results follow operands
     group = _group(line) or devices
+    if scattered and op == 'all-reduce':
+      op, size = 'reduce-scatter', size / group
     share = {
       'all-gather': (group - 1) / group,
       'all-to-all': (group - 1) / group,

@@ -34,6 +34,7 @@ from experiments.answers import Place, Variant
 from experiments.results import Results, Row, key_of, write_json
 from lcx import sharding
 from lcx.engine.placement import NewKeys, Placement
+from lcx.engine.steps import Residual
 
 Protocol = Literal['whole', 'context_first']
 
@@ -65,6 +66,9 @@ class Config:
       processes.
     new_keys: where the sequence is sharded, which shards new tokens live on:
       'last', or 'round_robin', a page each by turns.
+    residual: where heads are split over model, a prefill's activations between
+      attention and feed-forward are held 'whole', or are 'spread', too, which
+      takes less memory.
     shared_gib: memory for layer inputs of dense prefills, which methods that
       differ in decode alone then share; their prefill times are those of the
       shared prefill plus their own work. 0: each method reads by itself.
@@ -88,6 +92,7 @@ class Config:
   shared_gib: float = 0.0
   mesh: tuple[int, int, int] = (1, 1, 1)
   new_keys: NewKeys = 'last'
+  residual: Residual = 'whole'
   transfer_guard: Literal['allow', 'log', 'disallow'] = 'allow'
 
   def __post_init__(self):
@@ -239,6 +244,7 @@ def _places(
     'haystack': _digest(config),
     **({'mesh': config.mesh} if config.mesh != (1, 1, 1) else {}),
     **({'new_keys': config.new_keys} if config.new_keys != 'last' else {}),
+    **({'residual': config.residual} if config.residual != 'whole' else {}),
   }
   places = []
   for source, protocol, (label, task), length, sample in itertools.product(
@@ -337,6 +343,7 @@ def _answers(
     shared_gib=config.shared_gib,
     mesh=config.mesh,
     new_keys=config.new_keys,
+    residual=config.residual,
   )
 
   def say(text: str) -> None:

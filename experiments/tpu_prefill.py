@@ -6,7 +6,7 @@ No TPU is needed: libtpu compiles ahead of time on a CPU. For v5e and v5p slices
 of 16 and 64 chips, embedding, all layers (a scan over stacked weights) and the
 last token's logits are one program over the mesh (1, seq, model), feed-forward
 and projections split over "model". On 16 chips of v5e it does not fit; variants
-have an int8 cache, and activations spread over "model" between layers, too. One
+have an int8 cache, and activations spread over "model", too (residual). One
 row a slice and variant in experiments/results/apb_tpu_aot.jsonl: memory of a
 chip by kind and its limit, whether it fits, the collectives' bytes of a layer,
 compile time. Where the compiler refuses, the row says why.
@@ -20,7 +20,7 @@ import pathlib
 import re
 import sys
 import time
-from typing import Any
+from typing import Any, Literal
 
 RESULTS = pathlib.Path(__file__).parent / 'results' / 'apb_tpu_aot.jsonl'
 TOKENS = 2**20
@@ -38,7 +38,10 @@ SLICES = {
 }
 # What could make the program fit.
 VARIANTS: dict[str, dict[str, Any]] = {
-  name: {'cache': 'paged_int8', 'spread': 'spread' in name}
+  name: {
+    'cache': 'paged_int8',
+    'residual': 'spread' if 'spread' in name else 'whole',
+  }
   for name in SLICES
   if 'int8 cache' in name
 }
@@ -49,7 +52,7 @@ def lower(
   tokens: int = TOKENS,
   preset: str = 'llama3_1_8b',
   cache: str = 'dense',
-  spread: bool = False,
+  residual: Literal['whole', 'spread'] = 'whole',
   **apb,
 ):
   """The program of one prefill step on a slice, traced for TPUs.
@@ -59,8 +62,7 @@ def lower(
     tokens: of the prompt, padding included.
     preset: the model.
     cache: its name.
-    spread: a layer's output is split over "model", too, by tokens, until the
-      next one gathers it (Megatron's sequence parallelism).
+    residual: as in the engine's `steps.Plan`.
     **apb: fields of the method, beside the hosts.
 
   Returns:
@@ -95,7 +97,7 @@ def lower(
   part = method.prefill
   assert isinstance(part, ApbPrefill)
   part.check(model, tokens)
-  plan = steps.Plan(model, method, mesh, trace=False)
+  plan = steps.Plan(model, method, mesh, False, residual)
   _, _, rows, _ = part.sizes(tokens)
   total = tokens + part.hosts * rows
   capacity = seq * -(-tokens // seq // 128) * 128
@@ -132,8 +134,6 @@ def lower(
 
   def step(weights, layers, tokens, positions, source, valid, last):
     x = steps.embed_tokens(weights.embed, tokens, plan=plan)
-    if spread:
-      x = plan.place(x, 'data', ('seq', 'model'))
     lengths = jnp.max(source, axis=1) + 1
 
     def layer(x, inputs):
@@ -156,8 +156,6 @@ def lower(
         plan=plan,
         room=tokens_in_room,
       )
-      if spread:
-        x = plan.place(x, 'data', ('seq', 'model'))
       return x, cache
 
     index = jnp.arange(model.n_layers, dtype=jnp.int32)
@@ -197,7 +195,7 @@ def row(name: str, **changes) -> dict:
     found |= {'model': model.n_layers, 'method': repr(method.prefill)}
     found |= {
       'cache': repr(method.cache),
-      'spread': changes.get('spread', False),
+      'residual': changes.get('residual', 'whole'),
     }
     found['lower_s'] = time.perf_counter() - begin
     program = lowered.compile()
