@@ -308,8 +308,8 @@ class TokenSelectDecode(ReuseRules, Decode):
       fresh, fell_back, lost = self._select(
         q, query, rope, cache, copies, working, ctx
       )
-      if q.shape[0] > 1:
-        fresh = fresh.where(due, kept)
+      if q.shape[0] * jax.lax.axis_size(ctx.axes.data) > 1:
+        fresh = fresh.where(due, kept)  # another row may be the one
       return fresh, jnp.where(due, fell_back, 0), jnp.where(due, lost, 0)
 
     anyone = jax.lax.pmax(jnp.any(due).astype(jnp.int32), ctx.axes.data)

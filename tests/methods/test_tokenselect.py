@@ -448,62 +448,70 @@ def test_extrapolation_at_full_budget_is_dense():
   ids=str,
 )
 def test_shards_decode_as_one_device(fields):
+  """Row 0 hits while row 1 selects, on another data shard or on the same."""
   part = TokenSelectDecode(**SMALL, reuse=4, **fields)
   rotates = part.positions == 'true'
   config = Dense(page=8, stats=True, rotated=rotates)
   prompt, steps = 128, 3
-  q, k, v = draw(6, prompt + 5 + steps)
+  q, k, v = draw(6, prompt + 5 + steps, batch=2)
+  q = q.at[0, prompt + 5 :].set(q[0, prompt + 5])
 
-  def on(shards):
-    mesh = sharding.make_mesh(1, shards, shards)
+  def on(*shards):
+    mesh, rows = sharding.make_mesh(*shards), 2 // shards[0]
     shape = CacheShape(
-      1, KV_HEADS, DIM, 2 * LENGTH, 'float32', shards=Shards(1, shards, shards)
+      2, KV_HEADS, DIM, 2 * LENGTH, 'float32', shards=Shards(*shards)
     )
 
     def run(cache, state, before, after):
       length = before[0].shape[1]
       first = jax.lax.axis_index('seq') * length
-      ctx = context(first + jnp.arange(length)[None], [length])
+      first = jnp.full((rows, 1), first)
+      ctx = context(first + jnp.arange(length), [length] * rows)
       bk = ROPE(before[1], ctx.positions) if rotates else before[1]
       cache = cache.append(bk, before[2], ctx.positions)
       state = part.observe(*before, ROPE, state, ctx)
       state = part.start(cache, state)
       tail = Tail(
-        jnp.array([shards - 1], jnp.int32), jnp.array([prompt], jnp.int32)
+        jnp.full((rows,), shards[1] - 1, jnp.int32),
+        jnp.full((rows,), prompt, jnp.int32),
       )
 
       def step(carry, piece):
         cache, state, at = carry
         tokens = piece[0].shape[1]
-        ctx = context(at + jnp.arange(tokens)[None], [tokens], tail)
+        positions = at[:, None] + jnp.arange(tokens)
+        ctx = context(positions, [tokens] * rows, tail)
         ctx = dataclasses.replace(ctx, lengths=at + tokens)
         out, cache, state, _ = part.attend(*piece, ROPE, cache, state, ctx)
-        return (cache, state, at + tokens), out
+        return (cache, state, at + tokens), (out, state.working.age)
 
-      carry = cache, state, jnp.array([prompt], jnp.int32)
-      carry, first = step(carry, tuple(x[:, :5] for x in after))
-      rest = tuple(x[:, 5:].swapaxes(0, 1)[:, None] for x in after)
-      _, outs = jax.lax.scan(step, carry, rest)
-      return jnp.concatenate([first, outs[:, 0].swapaxes(0, 1)], axis=1)
+      carry = cache, state, jnp.full((rows,), prompt, jnp.int32)
+      carry, (first, _) = step(carry, tuple(x[:, :5] for x in after))
+      rest = tuple(x[:, 5:, None].swapaxes(0, 1) for x in after)
+      _, (outs, ages) = jax.lax.scan(step, carry, rest)
+      return jnp.concatenate([first, outs[:, :, 0].swapaxes(0, 1)], 1), ages
 
-    heads = P(None, 'seq', 'model')
-    whole = P(None, None, 'model')
+    heads = P('data', 'seq', 'model')
+    whole = P('data', None, 'model')
     axes = Context.__dataclass_fields__['axes'].default_factory()
     sharded = jax.shard_map(
       run,
       mesh=mesh,
       in_specs=(config.specs(), part.state_specs(axes), heads, whole),
-      out_specs=whole,
+      out_specs=(whole, P(None, 'data')),
       check_vma=False,
     )
-    return jax.jit(sharded)(
+    out, ages = jax.jit(sharded)(
       config.init(shape),
       part.init_state(shape),
       tuple(x[:, :prompt] for x in (q, k, v)),
       tuple(x[:, prompt:] for x in (q, k, v)),
     )
+    np.testing.assert_array_equal(ages, [[0, 0], [1, 0], [2, 0]])
+    return out
 
-  np.testing.assert_allclose(on(1), on(2), rtol=2e-4, atol=2e-4)
+  want, got = on(1, 1, 1), on(2, 2, 2)
+  np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize(
