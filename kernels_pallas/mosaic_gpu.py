@@ -33,8 +33,6 @@ TILE_Q = ROWS * GROUPS
 # one that only copies (both multiples of 8; 128 * (2 * 232 + 40) <= 65536).
 COMPUTE_REGISTERS = 232
 COPY_REGISTERS = 40
-# A masked tile's "listed" flag is one bit of an int32.
-MAX_MASKED = 31
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one number a query row
 
 

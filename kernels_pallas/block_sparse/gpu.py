@@ -24,6 +24,7 @@ from kernels_pallas.keys import Pages
 from kernels_pallas.partial import Partial
 
 TILE_Q = mosaic_gpu.TILE_Q
+MAX_MASKED = 31  # whether a masked tile is listed is one bit of an int32
 
 
 def stream_sizes(
@@ -43,7 +44,9 @@ def stream_sizes(
   return dataclasses.replace(sizes, **chosen)
 
 
-def refuse(function: str, q, k, *rest, sliding_window=None, **_) -> str | None:
+def refuse(
+  function: str, q, k, *rest, sliding_window=None, block_sizes=None, **_
+) -> str | None:
   """Why this implementation cannot serve; None if it can."""
   if function == 'block_sparse_paged':
     blocks = rest[1]
@@ -57,6 +60,13 @@ def refuse(function: str, q, k, *rest, sliding_window=None, **_) -> str | None:
     return f'{blocks.block_q=} is no multiple of {TILE_Q}'
   if blocks.block_k % 64:
     return f'{blocks.block_k=} is no multiple of 64'
+  tile_k = stream_sizes('block_sparse', q, blocks.block_k, block_sizes).tile_k
+  masked = most_masked(tile_k, blocks.block_k // tile_k)
+  if blocks.ids.shape[3] and masked > MAX_MASKED:
+    return (
+      f'lists with {blocks.block_k=} and {tile_k=}: up to {masked} tiles of a '
+      f'query tile would be masked, {MAX_MASKED} can be'
+    )
   if sliding_window is not None and not blocks.dense:
     # It would cut sinks and listed blocks by row; a plan has one left edge.
     return f'{sliding_window=} with blocks that are not dense'

@@ -56,14 +56,14 @@ def _attend(
   qs = qs.reshape(b, kv, t * g, h)
   at = jnp.repeat(q_positions, g, axis=1)[:, None, :, None]  # [B 1 T*G 1]
   chunk = max(1, min(chunk, width))
-  short = ((0, 0), (0, 0), (0, -width % chunk))
-  listed = jnp.pad(listed, short, constant_values=-1)
-  positions = jnp.pad(positions, short)
 
   def visit(j, carry):
-    entry = lax.dynamic_slice_in_dim(listed, j * chunk, chunk, axis=2)
-    start = lax.dynamic_slice_in_dim(positions, j * chunk, chunk, axis=2)
-    k, v = fetch(jnp.maximum(entry, 0), j * chunk)
+    # The last chunk begins earlier than its turn, so that it ends in the list.
+    first = jnp.minimum(j * chunk, width - chunk)
+    entry = lax.dynamic_slice_in_dim(listed, first, chunk, axis=2)
+    entry = jnp.where(first + jnp.arange(chunk) >= j * chunk, entry, -1)
+    start = lax.dynamic_slice_in_dim(positions, first, chunk, axis=2)
+    k, v = fetch(jnp.maximum(entry, 0), first)
     s = (start[..., None] + jnp.arange(tokens)).reshape(b, kv, 1, -1)
     mask = jnp.repeat(entry >= 0, tokens, axis=2)[:, :, None] & (s <= at)
     if sink is not None:
@@ -74,7 +74,7 @@ def _attend(
 
   carry = xla_tiles.begin((b, kv, t * g), h)
   if width:
-    last = jnp.max(jnp.where(listed >= 0, jnp.arange(listed.shape[2]) + 1, 0))
+    last = jnp.max(jnp.where(listed >= 0, jnp.arange(width) + 1, 0))
     steps = tiles.ceil_div(last, chunk)
     carry = lax.fori_loop(0, steps, visit, carry)
   out, lse = xla_tiles.finish(carry, jnp.float32)
@@ -104,7 +104,7 @@ def attend_pages(
   h = q.shape[-1]
   chunk = _chunk(block_sizes, b, kv, h, pages.page)
 
-  def attend(fetch, chunk):
+  def attend(fetch):
     return _attend(
       q,
       fetch,
@@ -124,10 +124,8 @@ def attend_pages(
     return k.reshape(b, kv, -1, h), v.reshape(b, kv, -1, h)
 
   if pages.k.shape[0] != b * kv * width or not width:
-    return attend(gather, chunk)
+    return attend(gather)
   chunk = min(chunk, width)
-  # A chunk that does not divide the width would be sliced out of range.
-  chunk = next(c for c in range(chunk, 0, -1) if width % c == 0)
 
   def cut(entry, first):
     del entry
@@ -142,8 +140,8 @@ def attend_pages(
   home = jnp.arange(b * kv * width, dtype=jnp.int32).reshape(ids.shape)
   return lax.cond(
     jnp.all((ids == home) | (ids < 0)),
-    lambda: attend(cut, chunk),
-    lambda: attend(gather, chunk),
+    lambda: attend(cut),
+    lambda: attend(gather),
   )
 
 

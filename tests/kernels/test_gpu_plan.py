@@ -53,7 +53,7 @@ def seen_by(full, masked, one, first, stop, s, tile_k):
 def test_block_sparse_plan(seed):
   rng = np.random.default_rng(seed)
   tile_k = int(rng.choice([64, 128]))
-  block_k = tile_k * int(rng.choice([1, 2]))
+  block_k = tile_k * int(rng.choice([1, 2, 8]))
   block_q = TILE_Q * int(rng.choice([1, 2]))
   t = int(rng.integers(1, 700))
   s = t + int(rng.integers(0, 600))
@@ -122,3 +122,20 @@ def test_passing_block_plan(seed):
 def test_refusal_names_the_reason(dtype, h, word):
   x = jnp.zeros((1, 2, 128, h), dtype)
   assert word in mosaic_gpu.unsupported(x, x)
+
+
+def test_blocks_of_too_many_tiles_are_refused():
+  """Whether a masked tile is listed is one bit of a number."""
+  q, k = (jnp.zeros((1, n, 1, 128), jnp.bfloat16) for n in (128, 4096))
+  ids, count = jnp.zeros((1, 1, 1, 2), jnp.int32), jnp.ones((1, 1, 1))
+  one = jnp.ones((1,), jnp.int32)
+
+  def reason(block_k, **sizes):
+    blocks = BlockList(ids, count, one, one, 128, block_k)
+    return block_sparse_gpu.refuse(
+      'block_sparse', q, k, k, blocks, block_sizes=sizes
+    )
+
+  assert reason(1024) is None
+  assert 'tiles of a query tile would be masked' in reason(2048)
+  assert 'blocks.block_k=1024 and tile_k=64' in reason(1024, tile_k=64)
