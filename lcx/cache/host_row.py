@@ -194,8 +194,8 @@ class Row:
       stop: behind the last one.
       near: a `Near` a kv head, in positions.
       pool: where it is built, a head a job.
-      folder: where indexes are kept by the fingerprint of their keys; '':
-        nowhere.
+      folder: where indexes are kept, by the fingerprint of all that they are
+        made of; '': nowhere.
     """
     self._build, self.indexes, self.indexed = [], [], (first, first)
     self.calibrations = [Calibration.of(x) for x in near]
@@ -211,7 +211,10 @@ class Row:
     start = time.perf_counter()
     keys, path, of = self.k[head, first:stop], '', ''
     if folder:
-      of = vi.fingerprint(keys)
+      # Other numbers, or a prompt whose queries say other things of the same
+      # keys, make another index: it has a file of its own.
+      said = (self.at[first:stop], *near[: Near._fields.index('centre')])
+      of = vi.fingerprint(numbers, keys, first, said)
       path = os.path.join(folder, f'{of[:32]}.index')
     if folder and os.path.exists(path):
       with open(path, 'rb') as file:

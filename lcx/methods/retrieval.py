@@ -59,7 +59,8 @@ class RetrievalDecode(Decode):
     neighbours: nearest keys of each of those, from which a graph is made.
     degree: links of a key in a graph.
     graphs: one a 'kv_head', or one a 'query_head': as many times the links.
-    folder: where indexes are kept, by their keys' fingerprint; '': nowhere.
+    folder: where indexes are kept, by the fingerprint of what they are made of
+      (keys, numbers, what the queries said); '': nowhere.
   """
 
   top: int = 100

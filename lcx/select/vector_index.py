@@ -14,11 +14,13 @@ import importlib.util
 import io
 import os
 import threading
+from collections.abc import Sequence
 from typing import Any, Protocol, Self
 
 import numpy as np
 
 KINDS = ('exact', 'flat', 'ivf', 'hnsw', 'graph')
+_FORMAT = 2  # of saved indexes; another one when `build` makes another graph
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,17 +221,30 @@ def build(
   return vector_index_faiss.build(numbers, keys, tokens, queries)
 
 
-def fingerprint(*arrays: np.ndarray) -> str:
-  """SHA-256 of what an index stands for."""
-  digest = hashlib.sha256()
-  for array in arrays:
-    digest.update(f'{array.dtype}{array.shape}'.encode())
-    digest.update(np.ascontiguousarray(array).view(np.uint8))
+def fingerprint(
+  numbers: Numbers, keys: np.ndarray, first: int, said: Sequence[Any] = ()
+) -> str:
+  """SHA-256 of everything that decides what `build` makes.
+
+  Args:
+    numbers: of the index.
+    keys: [n H].
+    first: token of the first key.
+    said: arrays, or None, by which the queries' part was said; of a kind that
+      is made of keys alone they do not count.
+  """
+  digest = hashlib.sha256(f'{_FORMAT} {numbers!r} {first}'.encode())
+  for x in (keys, *(said if numbers.kind == 'graph' else ())):
+    if x is None:
+      digest.update(b'none')
+      continue
+    digest.update(f'{x.dtype}{x.shape}'.encode())
+    digest.update(np.ascontiguousarray(x).view(np.uint8))
   return digest.hexdigest()
 
 
 def to_bytes(index: Index, numbers: Numbers, of: str) -> bytes:
-  """An index, with the fingerprint `of` its keys."""
+  """An index, with the `fingerprint` of what it was made of."""
   out = io.BytesIO()
   arrays: dict[str, Any] = {**index.dump(), 'of': of, 'numbers': repr(numbers)}
   np.savez(out, **arrays)
@@ -241,7 +256,8 @@ def from_bytes(data: bytes, numbers: Numbers, of: str) -> Index:
   """What `to_bytes` wrote.
 
   Raises:
-    ValueError: it is cut or damaged, of other keys, or built otherwise.
+    ValueError: it is cut or damaged, or another index: a file under a wrong
+      name.
   """
   body, digest = data[:-32], data[-32:]
   if hashlib.sha256(body).digest() != digest:

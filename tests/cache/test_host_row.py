@@ -46,14 +46,18 @@ def sampled(keys):
   )
 
 
-def make(kind=KIND, folder='', n=N, graphs='kv_head'):
-  """A row whose tokens up to its recent ones are indexed."""
+def make(kind=KIND, folder='', n=N, graphs='kv_head', **other):
+  """A row whose tokens up to its recent ones are indexed.
+
+  `other`: another `degree`, or other fields of `sampled`.
+  """
   _, k, v = drawn(n)
   row = Row(1, DIM, np.float32)
   row.write(0, k, v, np.arange(n, dtype=np.int32))
-  numbers = vi.Numbers(kind=kind, degree=24, graphs=graphs)
-  stop = SEARCH.until(n)
-  row.build(numbers, FIRST, stop, [sampled(k[:, 0])], POOL, str(folder))
+  degree = other.pop('degree', 24)
+  numbers = vi.Numbers(kind=kind, degree=degree, graphs=graphs)
+  near = sampled(k[:, 0])._replace(**other)
+  row.build(numbers, FIRST, SEARCH.until(n), [near], POOL, str(folder))
   return row
 
 
@@ -244,6 +248,39 @@ def test_a_context_is_indexed_once(tmp_path):
   other.wait()
   (stranger,) = pathlib.Path(tmp_path / 'other').iterdir()
   check_refused(tmp_path, path, stranger.read_bytes(), 'of another context')
+
+
+@pytest.mark.skipif(not vi.has_faiss(), reason='kinds that faiss searches')
+def test_another_configuration_has_an_index_of_its_own(tmp_path):
+  """Of the same keys; none serves another's request, none is in its way."""
+  n = 256
+  near = sampled(drawn(n)[1][:, 0])
+  others = [
+    {},
+    {'degree': 16},
+    {'graphs': 'query_head'},
+    {'kind': 'hnsw'},
+    {'kind': 'flat'},
+    {'near': near.near[:200], 'near_of': near.near_of[:200]},  # queries
+    {'near': near.near[:, :16]},  # neighbours
+    {'key_near': near.key_near[:, :6]},
+  ]
+  for i, other in enumerate(others):
+    make(folder=tmp_path, n=n, **other).wait()
+    assert len(list(tmp_path.iterdir())) == i + 1
+  q, _, _ = drawn(8, seed=2)
+  for other in others:
+    saved, fresh = make(folder=tmp_path, n=n, **other), make(n=n, **other)
+    for row in (saved, fresh):
+      row.wait()
+    for mine, want in zip(
+      *(r.indexes[0].search(q, 20, 40) for r in (saved, fresh)), strict=True
+    ):
+      np.testing.assert_array_equal(mine, want)
+  assert len(list(tmp_path.iterdir())) == len(others)
+  # Keys alone make an IVF, flat or HNSW index: what queries said is no matter.
+  make(folder=tmp_path, n=n, kind='flat', near=near.near[:200]).wait()
+  assert len(list(tmp_path.iterdir())) == len(others)
 
 
 def check_refused(folder, path, data, reason):

@@ -98,7 +98,7 @@ def test_keys_are_added_removed_and_replaced(kind):
 @pytest.mark.parametrize('kind', KINDS)
 def test_a_saved_index_is_the_same(kind):
   index, x, q, numbers = make(kind)
-  of = vi.fingerprint(x)
+  of = vi.fingerprint(numbers, x, 7)
   data = vi.to_bytes(index, numbers, of)
   again = vi.from_bytes(data, numbers, of)
   for a, b in zip(index.search(q, C, 50), again.search(q, C, 50), strict=True):
@@ -106,7 +106,7 @@ def test_a_saved_index_is_the_same(kind):
   with pytest.raises(ValueError, match='truncated or damaged'):
     vi.from_bytes(data[:-9], numbers, of)
   with pytest.raises(ValueError, match='another context'):
-    vi.from_bytes(data, numbers, vi.fingerprint(x + 1))
+    vi.from_bytes(data, numbers, vi.fingerprint(numbers, x + 1, 7))
   with pytest.raises(ValueError, match='built otherwise'):
     vi.from_bytes(data, dataclasses.replace(numbers, seed=1), of)
 
