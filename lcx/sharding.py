@@ -83,6 +83,29 @@ def named(mesh: Mesh, specs):
   )
 
 
+def fitted(mesh: Mesh, specs, arrays):
+  """`named`, for arrays of which several may stand for one.
+
+  What stands for an array, as codes and scales do for a matrix of low-bit
+  weights, lives where it would, but for the axes that the mesh does not divide.
+  """
+
+  def one(spec, part):
+    def fit(x):
+      axes = (*spec, *(None,) * (x.ndim - len(spec)))
+      kept = [
+        axis if axis is None or n % mesh.shape[axis] == 0 else None
+        for axis, n in zip(axes, x.shape, strict=True)
+      ]
+      return NamedSharding(mesh, PartitionSpec(*kept))
+
+    return jax.tree.map(fit, part)
+
+  return jax.tree.map(
+    one, specs, arrays, is_leaf=lambda s: isinstance(s, PartitionSpec)
+  )
+
+
 def place(x, shardings):
   """Arrays of this host, the same on every process, spread over a mesh.
 

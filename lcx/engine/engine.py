@@ -137,7 +137,8 @@ class Engine:
     )
     self.plan = steps.Plan(config, method, mesh, trace, residual)
     specs = weight_specs(config, mesh)
-    self.weights = sharding.place(weights, sharding.named(mesh, specs))
+    where = sharding.fitted(mesh, specs, weights)
+    self.weights = sharding.place(weights, where)
     self.learned: tuple = ((),) * config.n_layers
     learned = method.prefill.learned(config)
     if learned is not None:

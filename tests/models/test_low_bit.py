@@ -7,6 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lcx import sharding
+from lcx.engine import Engine
+from lcx.methods.base import Prompt
+from lcx.methods.compose import get_method
 from lcx.models import low_bit, transformer
 from lcx.models.presets import PRESETS
 
@@ -56,6 +60,43 @@ def test_a_model_answers_nearly_alike(kind):
   error = jnp.linalg.norm(found - want) / jnp.linalg.norm(want)
   assert float(error) < 4 * ERROR[kind]
   assert jax.tree.leaves(few.embed)[0] is jax.tree.leaves(weights.embed)[0]
+
+
+@pytest.mark.mesh
+@pytest.mark.parametrize(
+  ('kind', 'model'),
+  [
+    ('w4a16', 2),
+    ('w8a8', 1),
+    pytest.param('w8a8', 2, marks=pytest.mark.long),
+    pytest.param('fp8', 2, marks=pytest.mark.long),
+  ],
+)
+def test_an_engine_takes_them(kind, model):
+  """What it says next is what `forward` says, on one device and on two."""
+  config = CONFIG.replace(n_layers=1)
+  few = low_bit.quantise(transformer.init(config, jax.random.key(0)), kind)
+  tokens = np.random.default_rng(0).integers(0, 256, 80).astype(np.int32)
+  forward = jax.jit(lambda w: transformer.forward(w, tokens[None], config))
+  want = np.asarray(forward(few))[0, -1]
+  engine = Engine(
+    config,
+    few,
+    get_method('dense'),
+    capacity=128,
+    mesh=sharding.make_mesh(model=model),
+    trace=False,
+  )
+  nothing = np.zeros((0,), np.int32)
+  session = engine.prefill([Prompt(nothing, tokens, ())])
+  got = np.asarray(session.scores)[0]
+  error = np.linalg.norm(got - want) / np.linalg.norm(want)
+  # One token's logits do not quantise the activations, all tokens' do.
+  assert error < 2 * ERROR[kind]
+  assert len(engine.decode(session, 2)[0][0]) == 2
+  matrix = engine.weights.layers[0]['qkv'].array.qvalue
+  kv_heads = matrix.sharding.shard_shape(matrix.shape)[1]
+  assert kv_heads == config.n_kv_heads // model
 
 
 MADE = [(kind, n) for kind in ('w8a8', 'w4a16') for n in (1, 512)]
