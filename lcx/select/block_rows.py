@@ -13,9 +13,11 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, ArrayLike, Bool, Float, Int32
 
 from kernels_pallas.block_sparse import BlockList
 
@@ -128,13 +130,23 @@ def list_width(
   return min(width, max(most, least, short))
 
 
-def check_budget(threshold: float | None, density: float | None) -> None:
-  """Raises ValueError unless exactly one budget is given, within (0, 1]."""
+def check_budget(
+  threshold: ArrayLike | None, density: ArrayLike | None
+) -> None:
+  """Raises ValueError unless exactly one budget is given, within (0, 1].
+
+  Values that a traced array will hold cannot be read and are not checked.
+  """
   if (threshold is None) == (density is None):
-    raise ValueError(f'give one of {threshold=} and {density=}')
+    given = 'neither' if density is None else 'both'
+    raise ValueError(f'give one of threshold and density, not {given}')
   for name, value in (('threshold', threshold), ('density', density)):
-    if isinstance(value, int | float) and not 0 < value <= 1:
-      raise ValueError(f'{name}={value} must lie in (0, 1]')
+    if value is None or isinstance(value, jax.core.Tracer):
+      continue
+    values = np.asarray(value)
+    for at in np.argwhere(~((values > 0) & (values <= 1)))[:1].tolist():
+      place = f'{at}' if at else ''
+      raise ValueError(f'{name}{place}={values[*at]} must lie in (0, 1]')
 
 
 def padded(x: Array, axis: int, multiple: int) -> Array:

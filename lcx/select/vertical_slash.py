@@ -11,7 +11,16 @@ Per head, from the softmax A of the last 64 queries over all keys:
 A query block lists every key block that holds a chosen column or that a chosen
 diagonal crosses. The paper gathers single columns; here columns are rounded to
 blocks and diagonals to blocks of offsets, so that one kernel serves all lists.
-The window decides for the whole prompt, so nothing here estimates a row's mass.
+
+The window decides for the whole prompt. What its sums say of any row's mass,
+taken as if all queries looked at its columns and as far back as it does:
+
+  mass[I, J] = sum of vertical over J
+             + sum over o of slash[o] * (share of queries of I whose key at
+                                         distance o lies in J)
+
+shared out over the blocks that row I may see. Columns and diagonals are chosen
+by the same sums, so the captured share reads high away from the window.
 """
 
 import jax
@@ -76,8 +85,7 @@ def vertical_slash(
     block_k: keys of a block.
 
   Returns:
-    The lists; `cut` is the share of the marked blocks' weight that the width
-    cut off, `captured` the rest.
+    The lists, the estimated mass that they capture and what the width cut off.
 
   Raises:
     ValueError: columns or diagonals below 1, or a width too small.
@@ -113,10 +121,11 @@ def vertical_slash(
       weight = jnp.where(chosen, sums, 0.0).reshape(-1, sb, block_k).sum(-1)
       return weight, jnp.any(chosen.reshape(-1, sb, block_k), axis=-1)
 
-    return best(vertical, sink, columns), best(slash, recent, diagonals)
+    seen = vertical.reshape(-1, sb, block_k).sum(-1), _behind(slash, block_k)
+    return best(vertical, sink, columns), best(slash, recent, diagonals), seen
 
   shape = (batch, kv_heads)
-  columns_of, diagonals_of = window.map_heads(
+  columns_of, diagonals_of, seen = window.map_heads(
     head,
     q.reshape(*shape, -1, size, h),
     k,
@@ -137,8 +146,10 @@ def vertical_slash(
     weight = jnp.where(marked, weight, 0.0)
     forced = jnp.broadcast_to(forced, marked.shape)
     chosen = choose(weight, reachable=marked, forced=forced, limit=width)
-    captured = share(weight, chosen)
-    cut = share(weight, marked & ~chosen)
+    mass = _row_mass(seen[0], seen[1], rows, block_k)
+    mass = jnp.where(reachable, mass, 0.0)
+    captured = share(mass, chosen)
+    cut = share(mass, marked & ~chosen)
     return Chunk(*to_list(chosen, width), captured, cut)
 
   return by_chunks(
@@ -232,3 +243,40 @@ def _crossing(
     total += jnp.where(good, take(weight, index), 0.0)
     some |= good & take(chosen, index)
   return total, some
+
+
+def _behind(slash: Float[Array, 'G S'], block: int) -> Float[Array, 'G Sb']:
+  """Mass of the key block `d` blocks behind a whole query block, for each d.
+
+  Offset d * block + r leads (block - r) / block of the block's queries there
+  and the others one block further back.
+  """
+  slash = slash.reshape(slash.shape[0], -1, block)
+  further = jnp.arange(block) / block
+  near = jnp.sum(slash * (1 - further), axis=-1)
+  far = jnp.sum(slash * further, axis=-1)
+  return near.at[:, 1:].add(far[:, :-1])
+
+
+def _row_mass(
+  vertical: Float[Array, 'B K G Sb'],
+  behind: Float[Array, 'B K G Sb'],
+  rows: Rows,
+  block_k: int,
+) -> Float[Array, 'B K G c Sb']:
+  """The mass of key blocks that the window's sums promise each row.
+
+  Query blocks that do not stand at a multiple of `block_k` are between two
+  distances and get their weighted mean.
+  """
+  n_blocks = vertical.shape[-1]
+  steps, rest = jnp.divmod(rows.first, block_k)  # [B c]
+  index = steps[..., None] - jnp.arange(n_blocks)  # [B c Sb]
+  take = jax.vmap(
+    lambda x, i: jnp.take(x, i, axis=2, mode='fill', fill_value=0)
+  )
+  # Negative indices would count from the end.
+  at = [jnp.where(i < 0, n_blocks, i) for i in (index, index + 1)]
+  part = (rest / block_k)[:, None, None, :, None]
+  slash = (1 - part) * take(behind, at[0]) + part * take(behind, at[1])
+  return vertical[..., None, :] + slash

@@ -94,11 +94,12 @@ def xattention(
     The lists, the captured mass and what the width cut off.
 
   Raises:
-    ValueError: a budget outside (0, 1], a stride that does not divide the
-      blocks, a width that cannot hold sink and diagonal.
+    ValueError: a budget outside (0, 1] (of an array: where its values are
+      known when this is traced), thresholds for another number of heads, a
+      stride that does not divide the blocks, a width that cannot hold sink and
+      diagonal.
   """
-  if isinstance(threshold, float | int | None):
-    check_budget(threshold, density)
+  check_budget(threshold, density)
   if per not in ('head', 'group'):
     raise ValueError(f"{per=} must be 'head' or 'group'")
   if stride < 1 or block_q % stride or block_k % stride:
@@ -111,6 +112,11 @@ def xattention(
   batch, t, heads, h = q.shape
   kv_heads, s = k.shape[1], k.shape[2]
   group = heads // kv_heads
+  if threshold is not None and jnp.shape(threshold) not in ((), (heads,)):
+    raise ValueError(
+      f'threshold of shape {jnp.shape(threshold)}: give one number, or one for '
+      f'each of {heads} query heads'
+    )
   tb, sb = t // block_q, s // block_k * shards
   bound = functools.partial(
     list_width,
