@@ -22,6 +22,7 @@ DEGENERATE = 0.5  # density above which a sparse method is not sparse
 _PAGE = 64  # capacities are multiples of it
 # Spans are tokenised apart, which may take some tokens more than the text.
 _SEAMS = 16
+_WAY_BACK = 512  # tokens of a question and its answer, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +125,12 @@ def answer(
       for variant, mine in _grouped(wanted, lambda p: p.variant):
         say(f'{variant.label} {name} {length}')
         if variant not in engines:
+          method = variant.method
+          if any(tasks[p.task].questions > 1 for p in group):
+            cache = method.cache.rewindable(_WAY_BACK)
+            method = dataclasses.replace(method, cache=cache)
           engines[variant] = make_engine(
-            model, variant.method, length, setting, readings
+            model, method, length, setting, readings
           )
         with jax.transfer_guard(setting.transfer_guard):
           answers = engines[variant].generate(

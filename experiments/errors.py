@@ -13,7 +13,12 @@ INTERRUPTED = 130
 
 _FAULTS = {
   'nan': 'NaN or infinity in the logits',
-  'out_of_pages': 'the cache ran out of pages (raise --config.capacity)',
+  'out_of_pages': "the cache ran out of pages (raise the method's "
+  'cache.pool_pages)',
+  'over_capacity': 'the cache is full (raise --config.capacity)',
+  'ring_lost': 'streaming heads cannot go back to the context (raise the '
+  "method's cache.slack to the tokens of a question and its answer)",
+  'position_gap': 'positions jump within a page (a bug: please report it)',
   'host_full': 'host memory is spent (lower config.batch or config.lengths, '
   "or raise the method's cache.gigabytes)",
   'host_gone': 'the host tier gave the row up while it was in use (a bug: '

@@ -299,8 +299,6 @@ def _check(config: Config, missing: Sequence[Place]) -> None:
   Raises:
     ValueError: a part refuses, or the model's header is damaged.
   """
-  from lcx.cache.host import Host
-
   for source in dict.fromkeys(p.source for p in missing):
     numbers = models.numbers(source, config.dtype)
     for variant in dict.fromkeys(p.variant for p in missing):
@@ -311,8 +309,7 @@ def _check(config: Config, missing: Sequence[Place]) -> None:
           for part in (method.prefill, method.decode):
             part.check(numbers, capacity)
           Placement(method, config.mesh[1], capacity, 0, config.new_keys)
-          if isinstance(method.cache, Host):
-            method.cache.check(numbers, capacity, config.batch, method.decode)
+          method.cache.check(numbers, capacity, config.batch, method.decode)
         except ValueError as error:
           raise ValueError(
             f'config.methods.{variant.label} on {source.name}, length '

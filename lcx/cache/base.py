@@ -203,6 +203,24 @@ class CacheConfig(Protocol):
     """The cache's tree with a `PartitionSpec` at every leaf."""
     ...
 
+  def check(self, config: Any, capacity: int, batch: int, decode: Any) -> None:
+    """Refuses a model, a capacity or a decode part before anything is made.
+
+    Args:
+      config: the model.
+      capacity: tokens of a row.
+      batch: rows.
+      decode: the part that decodes.
+
+    Raises:
+      ValueError: with the reason.
+    """
+    ...
+
+  def rewindable(self, tokens: int) -> Self:
+    """The config with which rows can go back by so many tokens."""
+    ...
+
   def at_full_budget(self, length: int) -> Self | None:
     """The config under which nothing is dropped up to `length` tokens."""
     ...

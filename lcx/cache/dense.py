@@ -1,7 +1,7 @@
 """The dense cache: contiguous keys and values, every token, every head."""
 
 import dataclasses
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,13 @@ class Dense:
 
   def at_full_budget(self, length: int) -> Self:
     del length
+    return self
+
+  def check(self, config: Any, capacity: int, batch: int, decode: Any) -> None:
+    """Refuses nothing."""
+
+  def rewindable(self, tokens: int) -> Self:
+    del tokens  # nothing is ever dropped
     return self
 
   def init(self, shape: CacheShape) -> 'DenseCache':

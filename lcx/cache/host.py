@@ -111,6 +111,9 @@ class Host:
         'are left: lower capacity or batch, or raise cache.gigabytes'
       )
 
+  def rewindable(self, tokens: int) -> Self:
+    return dataclasses.replace(self, slack=max(self.slack, tokens))
+
   def bound(self) -> int:
     """Bytes that all rows may hold together."""
     if self.gigabytes:

@@ -1,7 +1,7 @@
 """Numbers of the paged cache; `paged_cache` says how it works."""
 
 import dataclasses
-from typing import Self
+from typing import Any, Self
 
 import jax.numpy as jnp
 import numpy as np
@@ -114,6 +114,14 @@ class Paged:
     """Rings so long that they drop nothing up to `length` tokens."""
     recent = max(self.recent, length)
     return dataclasses.replace(self, recent=recent, pool_pages=None)
+
+  def check(self, config: Any, capacity: int, batch: int, decode: Any) -> None:
+    """Refuses nothing; `init` refuses shapes."""
+
+  def rewindable(self, tokens: int) -> Self:
+    if not self.has_ring:
+      return self
+    return dataclasses.replace(self, slack=max(self.slack, tokens))
 
   def ring_flags(self, layer: int, n_kv_heads: int) -> np.ndarray:
     """Bool [K]: which kv heads of a layer are ring heads.

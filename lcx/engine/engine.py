@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcx import sharding
-from lcx.cache import CacheShape, Host, HostCache, Shards
+from lcx.cache import CacheShape, HostCache, Shards, Status
 from lcx.cache.base import ROWS
 from lcx.cache.host_calls import host_fault
 from lcx.engine import steps
@@ -125,8 +125,7 @@ class Engine:
       )
     for part in (method.prefill, method.decode):
       part.check(config, capacity)
-    if isinstance(method.cache, Host):
-      method.cache.check(config, capacity, batch, method.decode)
+    method.cache.check(config, capacity, batch, method.decode)
     method.prefill.pieces(mesh.shape['seq'])  # refuses what does not divide
     prefill = method.prefill.on(mesh.shape['seq'])
     method = dataclasses.replace(method, prefill=prefill)
@@ -406,8 +405,10 @@ class Engine:
 
     Returns:
       Tokens of each row (the stop token included, where one came) and a status
-      of each row: 'ok', 'nan' (logits were not finite), 'out_of_pages', or
-      'host_full', 'host_gone', 'host_failed' where a host tier lost the row.
+      of each row: 'ok', 'nan' (logits were not finite), or why its cache took
+      no more: the name of an `lcx.cache.Status` ('out_of_pages'), 'host_full',
+      'host_gone' or 'host_failed'. Such a row ends with the token that its
+      cache did not take; the others go on.
     """
     sampling = sampling or make_sampling(self.batch)
     if int(np.max(to_host(session.lengths))) + n > self.capacity:
@@ -503,6 +504,8 @@ class Engine:
     counts = {len(p.questions) for p in prompts}
     if len(counts) != 1 or 0 in counts:
       raise ValueError('prompts must have equally many questions, at least one')
+    if protocol == 'context_first':
+      self._check_way_back(prompts, max_new_tokens)
     sampling = sampling or make_sampling(self.batch, stop=tuple(stop_ids))
     answers: list[list[Generation]] = [[] for _ in prompts]
     session = mark = None
@@ -541,6 +544,22 @@ class Engine:
           )
         )
     return answers
+
+  def _check_way_back(self, prompts: list[Prompt], new: int) -> None:
+    """Refuses several questions where a cache cannot go back to the context."""
+    back = [
+      len(p.question(i)) + new
+      for p in prompts
+      for i in range(len(p.questions) - 1)
+    ]
+    slack = getattr(self.method.cache, 'slack', None)
+    bounded = self.method.cache.rewindable(max(back, default=0))
+    if bounded != self.method.cache:
+      raise ValueError(
+        f'a question and its answer take up to {max(back)} tokens, from which '
+        f'streaming heads cannot go back to the context: their cache keeps '
+        f'{slack=} more than they see; raise cache.slack'
+      )
 
   def _generation(
     self, session, row, tokens, status, length, prefill_ms, token_ms, meter
@@ -585,10 +604,7 @@ class Engine:
       if hasattr(cache, 'status'):
         status = to_host(cache.status).reshape(self.batch, -1).max(axis=1)
         worst = np.maximum(worst, status)
-    return [
-      'ok' if w == 0 else host_fault(w) or 'out_of_pages'
-      for w in worst.tolist()
-    ]
+    return [host_fault(w) or Status(w).name.lower() for w in worst.tolist()]
 
 
 def _add(session: Session, sums: dict[str, Any]) -> None:

@@ -454,6 +454,14 @@ def every_logits(
   return scores, caches, states, sums
 
 
+def _ended(caches: tuple, batch: int) -> Bool[Array, 'B']:
+  """Rows of which a layer's cache takes no more tokens."""
+  status = [c.status.reshape(batch, -1) for c in caches if hasattr(c, 'status')]
+  if not status:
+    return jnp.zeros((batch,), bool)
+  return jnp.any(jnp.concatenate(status, axis=1) != 0, axis=1)
+
+
 def decode_loop(
   weights: Weights,
   caches: tuple,
@@ -471,8 +479,8 @@ def decode_loop(
   """Chooses and feeds up to n <= room tokens a row, without the host.
 
   Each step samples from `scores` and feeds the choice, so that the cache holds
-  every token but those after a stop. A row is done at its stop token; the
-  program ends when all are.
+  every token but those after a stop. A row is done at its stop token, or when
+  its caches take no more; the program ends when all are.
 
   Returns:
     (tokens int32 [B room], -1 where none, scores, caches, states, lengths,
@@ -500,6 +508,8 @@ def decode_loop(
       plan=plan,
     )
     scores = jnp.where(done[:, None], scores, fresh)
+    lost = _ended(caches, batch)
+    count, done = jnp.where(lost, 0, count), done | lost
     sums = jax.tree.map(jnp.add, sums, more)
     return (
       i + 1,
@@ -537,7 +547,7 @@ def decode_loop(
     caches,
     states,
     lengths,
-    done,
+    done | _ended(caches, batch),
     jnp.ones((batch,), bool),
     sums,
   )

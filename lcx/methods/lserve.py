@@ -80,9 +80,9 @@ class TwoWayPaged(Paged):
       )
     return super().ring_flags(layer, n_kv_heads)
 
-  def check(self, config, capacity: int) -> None:
+  def check(self, config, capacity: int, batch: int, decode) -> None:
     """Refuses a profile of another model."""
-    del capacity
+    del capacity, batch, decode
     if self.profile and self.profile != head_profile.ALTERNATE:
       head_profile.load(self.profile).check(config)
 

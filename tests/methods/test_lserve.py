@@ -413,7 +413,7 @@ def test_a_profile_survives_its_file_and_refuses_others(tmp_path):
   assert method.cache.ring_heads == ((True, False), (True, False))
   assert 'all_tokens' not in method.cache.provides
   with pytest.raises(ValueError, match='of another model'):
-    method.cache.check(PRESETS['smollm2_135m'], 100)
+    method.cache.check(PRESETS['smollm2_135m'], 100, 1, None)
 
 
 @pytest.mark.parametrize(
