@@ -7,6 +7,7 @@ a row is said by a `Fault`; the other rows of the call go on.
 
 import collections
 import concurrent.futures
+import contextlib
 import enum
 import functools
 import os
@@ -40,6 +41,7 @@ def host_fault(code: int) -> str:
 
 _rows: dict[int, Row] = {}
 _lock = threading.Lock()
+_growing = threading.Lock()
 _returned: collections.deque[int] = collections.deque()
 _next = 0
 last_error = ''
@@ -141,13 +143,23 @@ def add(row: Row) -> int:
     return _next
 
 
-def take(host, need: int) -> None:
-  """Refuses to grow past the bound."""
-  if need and held_bytes() + need > host.bound():
-    raise MemoryError(
-      f'{need} more bytes of host memory beside {held_bytes()}; the bound is '
-      f'{host.bound()}'
-    )
+@contextlib.contextmanager
+def room(host, row: Row, need: int):
+  """Sets bytes aside while a row grows by them; refuses to pass the bound."""
+  need = max(0, need)
+  with _growing:  # else two rows take the same room
+    if need:
+      held, bound = held_bytes(), host.bound()
+      if held + need > bound:
+        raise MemoryError(
+          f'{need} more bytes of host memory beside {held}; the bound is '
+          f'{bound}'
+        )
+    row.growing += need
+  try:
+    yield
+  finally:
+    row.growing -= need
 
 
 def guarded(work, *args) -> int:
@@ -176,8 +188,7 @@ def write_all(handles, used, count, k, v, positions, host):
     if handles[b] < 0:
       handles[b] = add(Row(k.shape[2], k.shape[3], k.dtype))
     row, n = row_of(int(handles[b])), int(count[b])
-    take(host, row.bytes_to_grow(n))
-    with row.lock:
+    with row.lock, room(host, row, row.bytes_to_grow(n)):
       row.write(int(used[b]), k[b, :n], v[b, :n], positions[b, :n])
 
   for b in np.flatnonzero(count):
@@ -230,7 +241,9 @@ def attend(numbers, new, asked, *, search, host):
     with row.lock:
       row.wait()
       joins = time.perf_counter()
-      row.join(search.until(row.used), pool())
+      until = search.until(row.used)
+      with room(host, row, row.bytes_to_join(until)):
+        row.join(until, pool())
     attends = time.perf_counter()
     # [T N H+1] -> [K, T * G, H+1]; padding is at the end.
     ask = asked[b, :m].reshape(m, kv, n // kv, h + 1).swapaxes(0, 1)
@@ -279,11 +292,11 @@ def index(handles, used, near, *, numbers, search, folder, host):
       until = search.until(row.used)
       if until - search.first <= search.top:
         until = search.first  # all are attended: nothing to search
-      keys = (until - search.first) * heads
-      group = 1 + int(near.held_of.max())
-      need = keys * numbers.bytes_per_key(row.k.shape[2], group)
-      take(host, need)
-      row.reserved = need
+      keys = until - search.first
+      row.indexes = []  # one that this one replaces
+      need = row.bytes_to_index(numbers, each, keys)
+      with room(host, row, need):
+        row.reserved = need
       row.build(numbers, search.first, until, each, builders(), folder)
 
   for b in np.flatnonzero(handles >= 0):

@@ -110,6 +110,7 @@ class Row:
     indexes: one a kv head.
     build_s: seconds that the slowest head's build took.
     reserved: bytes that an index under way will take.
+    growing: bytes that are being taken for more tokens.
   """
 
   def __init__(self, n_kv_heads: int, dim: int, dtype: Any):
@@ -117,7 +118,7 @@ class Row:
     self.v = np.zeros((n_kv_heads, 0, dim), dtype)
     self.at = np.zeros((0,), np.int32)
     self.used, self.indexed, self.build_s = 0, (0, 0), 0.0
-    self.reserved = 0
+    self.reserved = self.growing = 0
     self.indexes: list[vi.Index] = []
     self.calibrations: list[Calibration] = []
     self.lock = threading.Lock()
@@ -126,13 +127,14 @@ class Row:
     self._aside = np.zeros((n_kv_heads, 0, dim), np.float32)
     self._wide, self._widened = self._aside, (0, 0)
     self._build: list[concurrent.futures.Future] = []
-    self._indexing = (0, 0)
+    self._indexing, self._per_key = (0, 0), 0
 
   @property
   def nbytes(self) -> int:
     own = self.k.nbytes + self.v.nbytes + self.at.nbytes
     own += self._aside.nbytes + self._slot.nbytes + self._wide.nbytes
-    return own + self.reserved + sum(i.nbytes for i in self.indexes)
+    own += self.reserved + self.growing
+    return own + sum(i.nbytes for i in self.indexes)
 
   def bytes_to_grow(self, tokens: int) -> int:
     """Bytes that an append of so many tokens would allocate."""
@@ -167,7 +169,7 @@ class Row:
       self.wait()
       if used < self.indexed[1]:
         for index in self.indexes:
-          index.remove(used)
+          index.remove(np.arange(used, self.indexed[1]))
         self.indexed = (self.indexed[0], max(self.indexed[0], used))
         self._remember(self._sample[self._sample < used])
       begin, end = self._widened
@@ -182,6 +184,11 @@ class Row:
     return row
 
   # Index.
+
+  def bytes_to_index(self, numbers: vi.Numbers, near, keys: int) -> int:
+    """Bytes of the indexes of so many keys, about; `near` as in `build`."""
+    group = 1 + max(int(x.held_of.max()) for x in near)
+    return keys * len(near) * numbers.bytes_per_key(self.k.shape[2], group)
 
   def build(
     self, numbers: vi.Numbers, first: int, stop: int, near, pool, folder: str
@@ -199,6 +206,7 @@ class Row:
     """
     self._build, self.indexes, self.indexed = [], [], (first, first)
     self.calibrations = [Calibration.of(x) for x in near]
+    self._per_key = self.bytes_to_index(numbers, near, 1)
     if stop > first:
       self._indexing = first, stop
       self._build = [
@@ -279,11 +287,26 @@ class Row:
     self._slot = np.full(self.indexed[1] + 1, len(sample), np.int16)
     self._slot[sample] = np.arange(len(sample))
 
+  def _joining(self, until: int) -> int:
+    """How many of the fresh tokens are whole blocks."""
+    n = (until - self.indexed[1]) // _JOIN * _JOIN
+    return max(0, n) if self.indexes else 0
+
+  def bytes_to_join(self, until: int) -> int:
+    """Bytes that `join` would allocate, about."""
+    if not self.indexes:
+      return 0
+    n = self._joining(until)
+    fresh = until - self.indexed[1] - n
+    kv, _, dim = self.k.shape
+    wide = kv * max(_JOIN, fresh) * dim * 4 if fresh > 0 else 0
+    return n * self._per_key + max(0, wide - self._wide.nbytes)
+
   def join(self, until: int, pool) -> None:
     """Fresh tokens join the indexes, a block at a time, heads side by side."""
     first, stop = self.indexed
-    n = (until - stop) // _JOIN * _JOIN
-    if self.indexes and n > 0:
+    n = self._joining(until)
+    if n:
       tokens = np.arange(stop, stop + n)
       jobs = [
         pool.submit(index.add, k[stop : stop + n], tokens)
@@ -292,6 +315,8 @@ class Row:
       for job in jobs:
         job.result()
       self.indexed = (first, stop + n)
+    if self.indexes and until > self.indexed[1]:
+      self._fresh(until)
 
   # Attention.
 

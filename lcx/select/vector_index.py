@@ -5,7 +5,8 @@ faiss (extra `index`): `flat`, `ivf` and `hnsw` are its own, `graph` is the
 attention-aware graph of `lcx.select.vector_index_graph`.
 
 An index numbers what it holds from 0; `tokens` says which token a number means,
--1: removed. Replacing is removing and adding.
+-1: removed. Replacing is removing and adding. What is removed is never found;
+its memory is given back when an eighth of what is held is such.
 """
 
 import dataclasses
@@ -139,12 +140,15 @@ class Index(Protocol):
     """Adds keys [m H] without building anew."""
     ...
 
-  def remove(self, since: int) -> None:
-    """Removes all tokens from number `since` on."""
+  def remove(self, tokens: np.ndarray) -> None:
+    """Removes those of tokens int [m] that it holds."""
     ...
 
   def dump(self) -> dict[str, np.ndarray]:
-    """Arrays from which `load` makes it again."""
+    """Arrays from which `load` makes it again, as it is now.
+
+    What is found, and how it grows from there, is the same.
+    """
     ...
 
   @property
@@ -175,8 +179,8 @@ class Exact:
     self.keys = np.concatenate([self.keys, keys])
     self.tokens = np.concatenate([self.tokens, tokens])
 
-  def remove(self, since):
-    kept = self.tokens < since
+  def remove(self, tokens):
+    kept = ~np.isin(self.tokens, tokens)
     self.keys, self.tokens = self.keys[kept], self.tokens[kept]
 
   def dump(self):

@@ -17,6 +17,9 @@ faiss: Any = importlib.import_module('faiss')  # its types are generated
 # concentrated: 96 and 173 of 20000 in two synthetic sets where cliques win by a
 # wide margin (recall .99 against .85 of a pivot graph at an equal scan).
 _FEW = 0.02
+# Of all vectors, removed ones at which the others are numbered anew: that is a
+# pass over all links, less than it took to add so many.
+_HOLES = 1 / 8
 
 
 class FaissIndex:
@@ -29,44 +32,75 @@ class FaissIndex:
 
   def __init__(self, index, tokens: np.ndarray):
     self.index, self.tokens, self.graphs = index, tokens, 1
-    self._gone = int(np.sum(tokens < 0))
+    self._mark()
+
+  def _mark(self) -> None:
+    """Notes what is removed, for searches to pass over."""
+    there = self.tokens >= 0
+    self._gone = int(np.sum(~there))
+    self._there = None
+    if self._gone:
+      bits = np.packbits(there, bitorder='little')
+      self._there = faiss.IDSelectorBitmap(bits)
 
   def search(self, q, k, effort, graph=0):
     """As `Index.search`."""
     index = self._searched(graph)
-    more = min(k + self._gone, 2 * k, index.ntotal)
+    k = min(k, index.ntotal - self._gone)
+    if not k:
+      return np.zeros((len(q), 0), np.float32), np.zeros((len(q), 0), np.int64)
     q = np.ascontiguousarray(q, np.float32)
-    score, found = index.search(q, more, params=self._params(effort, more))
+    score, found = index.search(q, k, params=self._params(index, effort, k))
     tokens = self.tokens[found]
-    if found[:, -1].min(initial=0) < 0:  # best first: those at the end
-      tokens = np.where(found >= 0, tokens, -1)
-    elif not self._gone:
+    if found[:, -1].min(initial=0) >= 0:  # best first: those at the end
       return score, tokens
-    if self._gone:
-      order = np.argsort(tokens < 0, axis=1, kind='stable')[:, :k]
-      tokens = np.take_along_axis(tokens, order, 1)
-      score = np.take_along_axis(score, order, 1)
-    return np.where(tokens >= 0, score, -np.inf), tokens
+    return np.where(found >= 0, score, -np.inf), np.where(
+      found >= 0, tokens, -1
+    )
 
   def _searched(self, graph: int):
     del graph
     return self.index
 
-  def _params(self, effort: int, k: int):
-    if isinstance(self._searched(0), faiss.IndexHNSW):
-      return faiss.SearchParametersHNSW(efSearch=max(effort, k))
-    if isinstance(self.index, faiss.IndexIVF):
-      return faiss.SearchParametersIVF(nprobe=effort)
-    return None
+  def _params(self, index, effort: int, k: int):
+    there: dict[str, Any] = {'sel': self._there} if self._gone else {}
+    if isinstance(index, faiss.IndexHNSW):
+      effort = max(effort, k)
+      # Removed nodes are ways to others, and take places among the best.
+      effort += min(self._gone, effort)
+      return faiss.SearchParametersHNSW(efSearch=effort, **there)
+    if isinstance(index, faiss.IndexIVF):
+      return faiss.SearchParametersIVF(nprobe=effort, **there)
+    return faiss.SearchParameters(**there) if there else None
 
   def add(self, keys, tokens):
-    self.index.add(np.ascontiguousarray(keys, np.float32))
+    _grow(self.index, np.ascontiguousarray(keys, np.float32))
     self.tokens = np.concatenate([self.tokens, tokens])
+    self._mark()
 
-  def remove(self, since):
-    # A graph cannot lose nodes: they stay as ways to others.
-    self.tokens = np.where(self.tokens < since, self.tokens, -1)
-    self._gone = int(np.sum(self.tokens < 0))
+  def remove(self, tokens):
+    self.tokens = np.where(np.isin(self.tokens, tokens), -1, self.tokens)
+    self._mark()
+    if self._gone > _HOLES * len(self.tokens):
+      self._shrink(self.tokens >= 0)
+      self.tokens = self.tokens[self.tokens >= 0]
+      self._mark()
+
+  def _shrink(self, kept: np.ndarray) -> None:
+    """Drops vectors; those that are kept, bool [n], are numbered anew."""
+    index = self.index
+    dropped = faiss.IDSelectorBatch(np.flatnonzero(~kept))
+    if isinstance(index, faiss.IndexHNSW):
+      index.storage.remove_ids(dropped)
+      _keep_nodes(index, kept)
+      return
+    index.remove_ids(dropped)
+    if isinstance(index, faiss.IndexIVF):
+      number, lists = np.cumsum(kept) - 1, index.invlists
+      for i in range(index.nlist):
+        if size := lists.list_size(i):
+          ids = faiss.rev_swig_ptr(lists.get_ids(i), size)
+          ids[:] = number[ids]
 
   def dump(self):
     return {
@@ -110,8 +144,14 @@ class GraphIndex(FaissIndex):
     for i, hnsw in enumerate(self.hnsw):
       if i:  # each adds to the store, too: the same codes again
         self.index.remove_ids(faiss.IDSelectorRange(n, n + len(x)))
-      hnsw.add(x)
+      _grow(hnsw, x)
     self.tokens = np.concatenate([self.tokens, tokens])
+    self._mark()
+
+  def _shrink(self, kept):
+    self.index.remove_ids(faiss.IDSelectorBatch(np.flatnonzero(~kept)))
+    for hnsw in self.hnsw:
+      _keep_nodes(hnsw, kept)
 
   def dump(self):
     arrays = {'store': faiss.serialize_index(self.index), 'tokens': self.tokens}
@@ -264,12 +304,65 @@ def _over(store, links, levels, entry: int, top: int, degree: int):
   index = faiss.IndexHNSW(store, degree // 2)  # level 0 holds 2 M links
   index.own_fields = False
   index.referenced_objects = [store]
-  index.is_trained, index.ntotal = True, store.ntotal
+  index.is_trained = True
+  _put(index, links, levels, entry, top)
+  return index
+
+
+def _put(index, links, levels, entry: int, top: int) -> None:
+  """Gives an HNSW index its nodes, those of its store, in place of any."""
+  index.ntotal = len(levels)
+  index.hnsw.reset()
   faiss.copy_array_to_vector(np.ascontiguousarray(levels), index.hnsw.levels)
-  index.hnsw.prepare_level_tab(store.ntotal, True)  # True: levels are given
+  index.hnsw.prepare_level_tab(len(levels), True)  # True: levels are given
   _links(index)[:] = links.reshape(-1)
   index.hnsw.entry_point, index.hnsw.max_level = entry, top
-  return index
+
+
+def _grow(index, x: np.ndarray) -> None:
+  """Adds vectors; the levels of nodes depend on how many there are alone."""
+  if isinstance(index, faiss.IndexHNSW):
+    index.hnsw.rng = faiss.RandomGenerator(index.ntotal)
+  index.add(x)
+
+
+def _keep_nodes(index, kept: np.ndarray) -> None:
+  """Drops nodes of an HNSW index whose store has lost them already."""
+  levels = faiss.vector_to_array(index.hnsw.levels)
+  width, upper = index.hnsw.nb_neighbors(0), index.hnsw.nb_neighbors(1)
+  flat, ground = _links(index).copy(), _ground(levels, width, upper)
+  rows = flat[ground].reshape(-1, width)
+  entry, left = index.hnsw.entry_point, levels[kept]
+  if not len(left):
+    _put(index, flat[:0], left, -1, -1)
+    return
+  number = np.where(kept, np.cumsum(kept) - 1, -1).astype(np.int32)
+  if not kept[entry]:  # one of the highest left, near by if there is a choice
+    near = rows[entry][rows[entry] >= 0]
+    near = near[kept[near]][:1]
+    highest = np.flatnonzero(kept & (levels == left.max()))[:1]
+    entry = near[0] if len(near) and left.max() == 1 else highest[0]
+  entry = int(number[entry])
+  high = flat[~ground].reshape(-1, upper)
+  high = high[np.repeat(kept, levels - 1)]
+  high = np.where(high >= 0, number[high], -1)
+  high = np.take_along_axis(high, np.argsort(high < 0, 1, 'stable'), 1)
+  rows = graphs.reachable(
+    graphs.without(rows, kept), entry, np.random.default_rng(len(left))
+  )
+  ground = _ground(left, width, upper)
+  links = np.empty(len(ground), np.int32)
+  links[ground], links[~ground] = rows.ravel(), high.ravel()
+  _put(index, links, left, entry, int(left.max()) - 1)
+
+
+def _ground(levels: np.ndarray, width: int, upper: int) -> np.ndarray:
+  """Which of all slots are of level 0: the first of each node."""
+  size = width + (levels - 1) * upper
+  begin = np.cumsum(size) - size
+  ground = np.zeros(int(size.sum()), bool)
+  ground[begin[:, None] + np.arange(width)] = True
+  return ground
 
 
 def _links(index) -> np.ndarray:

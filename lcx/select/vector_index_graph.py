@@ -130,6 +130,38 @@ def reachable(links: np.ndarray, entry: int, draw) -> np.ndarray:
   return links
 
 
+def without(links: np.ndarray, kept: np.ndarray) -> np.ndarray:
+  """Links between the kept nodes, which are numbered anew.
+
+  A link to a dropped node becomes one to a kept node that it was linked to, if
+  any: paths over it stay. Which one differs by where the link begins, so that
+  none becomes all's.
+
+  Args:
+    links: int [n R]; -1 at the end of a row.
+    kept: bool [n].
+
+  Returns:
+    int32 [sum(kept) R].
+  """
+  number = np.where(kept, np.cumsum(kept) - 1, -1).astype(np.int32)
+  dropped = np.flatnonzero(~kept)
+  beyond = links[dropped]
+  beyond = np.where(beyond >= 0, number[beyond], -1)
+  order = np.argsort(beyond < 0, axis=1, kind='stable')
+  beyond = np.take_along_axis(beyond, order, 1)
+  ways = (beyond >= 0).sum(1)
+  place = np.zeros(len(links), np.int64)
+  place[dropped] = np.arange(len(dropped))
+  old = links[kept]
+  rows = np.where(old >= 0, number[old], -1)
+  at, column = np.nonzero((old >= 0) & (rows < 0))
+  lost = place[old[at, column]]
+  rows[at, column] = beyond[lost, at % np.maximum(ways[lost], 1)]
+  rows[rows == np.arange(len(rows))[:, None]] = -1
+  return _no_repeats(rows)
+
+
 def _reached(links: np.ndarray, entry: int) -> np.ndarray:
   seen = np.zeros(len(links), bool)
   seen[entry] = True

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels_pallas.partial import Partial, merge
-from lcx.cache import CacheShape, Host, Shards, Status, host_calls
+from lcx.cache import CacheShape, Host, Shards, Status, host_calls, host_row
 from lcx.cache.host_calls import Fault
 from lcx.cache.host_row import Near, Search
-from lcx.select.vector_index import Numbers
+from lcx.select.vector_index import Numbers, has_faiss
 from lcx.sharding import make_mesh, named
 from tests.cache import reading
 from tests.cache.reading import DIM, HEADS, KEYS, VALUES, empty, feed
@@ -144,6 +144,41 @@ def test_an_index_counts_before_it_is_built():
   )  # fmt: skip
   np.testing.assert_array_equal(fault.max(1), [0, 0, 0, Fault.FULL])
   assert host_calls.held_bytes() <= config.bound()
+
+
+@pytest.mark.skipif(not has_faiss(), reason='an index that holds keys')
+def test_tokens_that_join_count_and_a_row_without_room_ends_alone(monkeypatch):
+  """Both want to join tokens; there is room for those of one."""
+  monkeypatch.setattr(host_row, '_JOIN', 16)
+  rule = dataclasses.replace(SEARCH, top=4, mass=0.0)
+  rows = [ROWS[0], [], [], ROWS[3]]
+  cache = grow(rows)
+  one = jax.tree.map(np.asarray, near(4))
+  host_calls.index(
+    cache.handles, cache.used, one, numbers=Numbers(kind='flat'), search=rule,
+    folder='', host=CONFIG,
+  )  # fmt: skip
+  held = host_calls.known(np.asarray(cache.handles))
+  for row in held:
+    row.wait()
+  new = np.zeros((4, 20, HEADS, DIM), np.float32)
+  joins = HEADS * 16 * (2 * DIM + 8) + HEADS * 16 * DIM * 4  # and fresh ones
+  room = host_calls.held_bytes() + int(1.5 * joins)
+  config = dataclasses.replace(CONFIG, gigabytes=room / 2**30)
+  used = np.asarray(cache.used)
+  at = used[:, None] + np.arange(20)
+  count = np.where(used > 0, 20, 0)
+  numbers = np.concatenate(
+    [np.stack([cache.handles, used, count], 1), at, np.zeros((4, HEADS))], 1
+  ).astype(np.int32)
+  asked = np.zeros((4, 20, HEADS, DIM + 1), np.float32)
+  found, _ = host_calls.attend(
+    numbers, np.concatenate([new, new], 2), asked, search=rule, host=config
+  )
+  assert sorted(found[[0, 3], 1]) == [0, Fault.FULL]
+  assert 'the bound is' in host_calls.last_error
+  assert host_calls.held_bytes() <= config.bound()
+  assert not any(row.growing for row in held)
 
 
 def test_too_little_memory_is_refused_with_the_figure():

@@ -225,6 +225,35 @@ def test_new_tokens_are_seen_then_join_in_blocks():
   assert np.abs(part.lse - attended(row, q[:1], best)[1]).max() < 0.05
 
 
+def test_rewinds_leave_an_index_as_large_and_as_good():
+  """Each joins 512 tokens and takes them back; the last ones stay."""
+  row = make(n=1000)
+  row.wait()
+  tokens = len(row.indexes[0].tokens)
+  q, k, v = drawn(600, seed=5)
+  for i in range(5):
+    row.write(1000, k, v + i, np.arange(1000, 1600, dtype=np.int32))
+    row.join(SEARCH.until(1600), POOL)
+    assert row.indexed[1] >= SEARCH.until(1000) + 512
+    assert len(row.indexes[0].tokens) <= 8 / 7 * tokens + 2 * 512
+  part, _ = ask(row, q[:16], effort=200)
+  best = exact(q[:16], row.k[0, FIRST : SEARCH.until(1600)], 40) + FIRST
+  _, lse = attended(row, q[:16], best)
+  assert np.abs(part.lse - lse).max() < 0.05
+
+
+def test_bytes_of_tokens_that_join_are_told_before():
+  row = make(n=1000)
+  row.wait()
+  _, k, v = drawn(1100, seed=5)
+  row.write(1000, k, v, np.arange(1000, 2100, dtype=np.int32))
+  for until in (SEARCH.until(1000) + 40, SEARCH.until(2100)):
+    before, need = row.nbytes, row.bytes_to_join(until)
+    row.join(until, POOL)
+    assert need * 0.95 <= row.nbytes - before <= need * 1.05
+    assert row.bytes_to_join(until) == 0
+
+
 def test_a_cut_before_the_index_is_there_waits_for_it():
   row = make('exact', n=400)
   row.truncate(150)

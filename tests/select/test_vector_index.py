@@ -1,6 +1,7 @@
 """Indexes of keys: what they find, lose, save, and refuse."""
 
 import dataclasses
+import functools
 import unittest.mock
 
 import hypothesis
@@ -56,11 +57,17 @@ class Queries:
     self.near_of, self.held_of = np.arange(500) % 2, np.arange(50) % 2
 
 
-def make(kind, first=7):
+@functools.cache
+def said():
   x, q = vectors()
+  return x, q, Queries(x, q)
+
+
+def make(kind, first=7):
+  x, q, queries = said()
   kind, _, graphs = kind.partition('/')
   numbers = vi.Numbers(kind=kind, lists=20, graphs=graphs or 'kv_head')
-  return vi.build(numbers, x, first, Queries(x, q)), x, q[:50], numbers
+  return vi.build(numbers, x, first, queries), x, q[:50], numbers
 
 
 def recall(found, wanted, first=7):
@@ -86,13 +93,62 @@ def test_keys_are_added_removed_and_replaced(kind):
   index.add(best, np.array([7 + N]))
   effort = 20 if kind == 'ivf' else 300
   assert index.search(q[:1], 5, effort)[1][0, 0] == 7 + N
-  index.remove(7 + N)
+  index.remove(np.array([7 + N]))
   assert index.search(q[:1], 5, effort)[1][0, 0] == 7 + exact(q[:1], x)[0, 0]
-  index.remove(7 + N // 2)
+  index.remove(np.arange(7 + N // 2, 7 + N))
   _, found = index.search(q, C, 400)
   assert found.max() < 7 + N // 2
   index.add(best, np.array([7 + N // 2]))
   assert index.search(q[:1], 5, effort)[1][0, 0] == 7 + N // 2
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_chosen_tokens_are_removed_and_others_found(kind):
+  """Here and there: a few are passed over, many give their memory back."""
+  index, x, q, _ = make(kind)
+  draw = np.random.default_rng(4)
+  # All that some queries want, and others at random.
+  gone = np.unique(exact(q[:3], x))
+  before, n = index.nbytes, len(index.tokens)
+  for share in (0.0, 0.6):
+    more = np.flatnonzero(draw.random(N) < share)
+    gone = np.union1d(gone, more)
+    index.remove(7 + gone)
+    left = np.setdiff1d(np.arange(N), gone)
+    for graph in range(index.graphs):
+      score, found = index.search(q, C, 20 if kind == 'ivf' else 64, graph)
+      assert not np.isin(found - 7, gone).any() and found.min() >= 0
+      assert recall(found, left[exact(q, x[left])]) >= FOUND[kind] - 0.02
+      there = np.take_along_axis(q @ x.T, found - 7, 1)
+      np.testing.assert_allclose(score, there, rtol=2e-2, atol=2e-2)
+  assert len(index.tokens) <= 8 / 7 * len(left)
+  assert index.nbytes < 1.2 * before * len(left) / n + 4096
+  assert index.search(q, N, 64)[1].shape[1] == len(left)  # asked for more
+  index.remove(7 + np.arange(N))
+  assert index.search(q, C, 64)[1].shape == (50, 0)
+  index.add(x[:100], 7 + np.arange(100))  # and from nothing again
+  assert recall(index.search(q, C, 64)[1], exact(q, x[:100])) > 0.9
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_saved_index_has_what_joined_and_grows_alike(kind):
+  index, x, q, numbers = make(kind)
+  draw = np.random.default_rng(3)
+  more = x[draw.permutation(N)[:300]] + 0.1
+  index.add(more[:200], 7 + N + np.arange(200))
+  index.remove(7 + np.arange(N - 50, N + 20))
+  again = vi.from_bytes(vi.to_bytes(index, numbers, ''), numbers, '')
+  for grown in (False, True):
+    if grown:
+      for each in (index, again):
+        each.add(more[200:], 7 + N + 200 + np.arange(100))
+        each.remove(7 + np.arange(200, 500))
+    np.testing.assert_array_equal(index.tokens, again.tokens)
+    for graph in range(index.graphs):
+      for mine, want in zip(
+        *(i.search(q, C, 50, graph) for i in (again, index)), strict=True
+      ):
+        np.testing.assert_array_equal(mine, want)
 
 
 @pytest.mark.parametrize('kind', KINDS)
