@@ -29,6 +29,7 @@ from experiments import (
   models,
   processes,
   report,
+  stand_ins,
 )
 from experiments.answers import Place, Variant
 from experiments.results import Results, Row, key_of, write_json
@@ -37,6 +38,10 @@ from lcx.engine.placement import NewKeys, Placement
 from lcx.engine.steps import Residual
 
 Protocol = Literal['whole', 'context_first']
+
+
+Dtype = Literal['auto', 'float32', 'bfloat16']
+LowBit = Literal['', 'w8a8', 'w4a16', 'fp8']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +54,9 @@ class Config:
       weights of a preset's shape; several are separated by commas.
     methods: label -> the numbers of a method; `method` names it where the label
       is another word, so that one method may stand with several budgets. The
-      label '*' stands for every method that has no label of its own.
+      label '*' stands for every method that has no label of its own. What needs
+      an absent package runs as its stand-in (experiments/stand_ins.py), whose
+      name stands in the row's label.
     tasks: label -> the fields of a task; `task` names it likewise. With a field
       `file`, the samples of a benchmark's JSONL file (experiments/files.py).
     lengths: tokens, template and answer included.
@@ -58,6 +65,7 @@ class Config:
       context is prefilled before the question is seen.
     seed: of the samples (and of random weights).
     dtype: of weights and activations; 'auto': float32 on a CPU, else bfloat16.
+    weights: '' (as they are), or matrices of few bits: 'w8a8', 'w4a16', 'fp8'.
     batch: sequences a prefill.
     capacity: tokens of the cache; 0: the length, in whole pages.
     max_new_tokens: of an answer; 0: what the task says.
@@ -84,7 +92,8 @@ class Config:
   title: str = 'evaluation'
   protocols: tuple[Protocol, ...] = ('whole',)
   seed: int = 0
-  dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'
+  dtype: Dtype = 'auto'
+  weights: LowBit = ''
   batch: int = 1
   capacity: int = 0
   max_new_tokens: int = 0
@@ -124,15 +133,12 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     OSError: the model cannot be read, or the workdir cannot be written.
     Failure: some rows have no score.
   """
-  if config.dtype == 'auto':
-    import jax
-
-    on_cpu = jax.default_backend() == 'cpu'
-    dtype = 'float32' if on_cpu else 'bfloat16'
-    config = dataclasses.replace(config, dtype=dtype)
-  variants = [_variant(label, f) for label, f in _every(config.methods)]
+  config = dataclasses.replace(config, dtype=dtype_of(config.dtype))
+  variants = [
+    _installed(variant(label, f)) for label, f in _every(config.methods)
+  ]
   tasks = {
-    label: _task(label, f, config.max_new_tokens)
+    label: task(label, f, config.max_new_tokens)
     for label, f in config.tasks.items()
   }
   sources = [
@@ -188,7 +194,28 @@ def _every(
   return found
 
 
-def _variant(label: str, fields: dict[str, Any]) -> Variant:
+def dtype_of(dtype: Dtype) -> Literal['float32', 'bfloat16']:
+  """What 'auto' means here."""
+  if dtype != 'auto':
+    return dtype
+  import jax
+
+  return 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+
+
+def load(source: models.Source, dtype: str, weights: LowBit = '') -> Any:
+  """An `lcx.models.load.Model`, its matrices of few bits where asked for."""
+  model = models.load(source, dtype)
+  if not weights:
+    return model
+  from lcx.models import low_bit
+
+  few = low_bit.quantise(model.weights, weights)
+  return dataclasses.replace(model, weights=few)
+
+
+def variant(label: str, fields: dict[str, Any]) -> Variant:
+  """A method of the table; refuses what does not exist."""
   from lcx import methods
 
   numbers = dict(fields)
@@ -203,6 +230,19 @@ def _variant(label: str, fields: dict[str, Any]) -> Variant:
     method = methods.get_method(name, **flat)
   except ValueError as error:
     raise ValueError(f'config.methods.{label}: {error}') from error
+  return _named(label, method)
+
+
+def _installed(variant: Variant) -> Variant:
+  """The variant, or what stands in for one that needs an absent package."""
+  method, why = stand_ins.stand_in(variant.method)
+  if method is variant.method:
+    return variant
+  logging.warning('config.methods.%s: %s', variant.label, why)
+  return _named(f'{variant.label} ({method.name})', method)
+
+
+def _named(label: str, method: Any) -> Variant:
   modules = {
     type(part).__module__.rpartition('.')[2]
     for part in (method.prefill, method.cache, method.decode)
@@ -210,7 +250,8 @@ def _variant(label: str, fields: dict[str, Any]) -> Variant:
   return Variant(label, method, environment.code_version(sorted(modules)))
 
 
-def _task(label: str, fields: dict[str, Any], max_new_tokens: int) -> Any:
+def task(label: str, fields: dict[str, Any], max_new_tokens: int) -> Any:
+  """A task of the table; refuses what does not exist."""
   from lcx import tasks
 
   numbers = dict(fields)
@@ -244,6 +285,7 @@ def _places(
     'haystack': _digest(config),
     **({'mesh': config.mesh} if config.mesh != (1, 1, 1) else {}),
     **({'new_keys': config.new_keys} if config.new_keys != 'last' else {}),
+    **({'weights': config.weights} if config.weights else {}),
     **({'residual': config.residual} if config.residual != 'whole' else {}),
   }
   places = []
@@ -348,7 +390,7 @@ def _answers(
 
   for source in dict.fromkeys(p.source for p in missing):
     say('loading the model')
-    model = models.load(source, config.dtype)
+    model = load(source, config.dtype, config.weights)
     mine = [p for p in missing if p.source == source]
     yield from answers.answer(mine, tasks, model, setting, say)
 
@@ -373,6 +415,7 @@ def _origin(config: Config, where: dict[str, Any]) -> Row:
   return {
     'seed': config.seed,
     'dtype': config.dtype,
+    **({'weights': config.weights} if config.weights else {}),
     'device': where['device'],
     'versions': ' '.join(f'{k}={v}' for k, v in where['versions'].items()),
     'git': where['git'],

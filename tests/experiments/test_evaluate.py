@@ -22,6 +22,7 @@ from experiments import (
   run,
 )
 from lcx.cache import host_calls
+from lcx.select import vector_index
 from tests.experiments import fake
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -71,6 +72,35 @@ def config(**changes):
     'max_new_tokens': 16,
   }
   return resolve.resolve(evaluate.Config, values | changes)
+
+
+def test_without_faiss_the_cluster_index_serves_under_its_name(
+  tmp_path, monkeypatch, caplog
+):
+  monkeypatch.setattr(vector_index, 'has_faiss', lambda: False)
+  numbers = {'top': 77, 'decode': {'sink': 64}}
+  table = {
+    'dense': {},
+    'mine': {'method': 'retrieval', **numbers},
+    'scan': {'method': 'retrieval', 'index': 'exact', **numbers},
+  }
+  evaluate.run(
+    config(
+      methods=table, lengths=(600,), samples=1, tasks={'niah_single_2': {}}
+    ),
+    tmp_path,
+  )
+  (line,) = [
+    r.getMessage() for r in caplog.records if 'faiss' in r.getMessage()
+  ]
+  assert line.startswith('config.methods.mine: ') and 'lcx[index]' in line
+  assert '\n' not in line and 'retrieval_cluster' in line
+  rows = {r['method']: r for r in rows_of(tmp_path)}
+  assert list(rows) == ['dense', 'mine (retrieval_cluster)', 'scan']
+  served = rows['mine (retrieval_cluster)']
+  assert served['decode'].startswith('ClusterDecode(top=77')
+  assert 'sink=64' in served['decode'] and served['cache'].startswith('Dense(')
+  assert rows['scan']['decode'].startswith('RetrievalDecode(')
 
 
 def test_rows_are_whole(tmp_path):
