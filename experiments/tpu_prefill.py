@@ -25,16 +25,17 @@ from typing import Any, Literal
 RESULTS = pathlib.Path(__file__).parent / 'results' / 'apb_tpu_aot.jsonl'
 TOKENS = 2**20
 GIB = 2**30
-# Topology, (seq, model), memory of a chip in GiB (cloud.google.com/tpu/docs).
-_V5E_16 = ('v5e:4x4', (4, 4), 16)
+# Topology, (seq, model), memory of a chip in GiB: of v5e's 16, libtpu says that
+# a program may have 15.75; v5p: cloud.google.com/tpu/docs.
+_V5E_16 = ('v5e:4x4', (4, 4), 15.75)
 SLICES = {
   'v5e-16': _V5E_16,
-  'v5e-64': ('v5e:8x8', (16, 4), 16),
+  'v5e-64': ('v5e:8x8', (16, 4), 15.75),
   'v5p-16': ('v5p:2x2x4', (8, 2), 95),
   'v5p-64': ('v5p:4x4x4', (32, 2), 95),
   'v5e-16 int8 cache': _V5E_16,
   'v5e-16 int8 cache, spread': _V5E_16,
-  'v5e-16 int8 cache, spread, 2 x 8': ('v5e:4x4', (8, 2), 16),
+  'v5e-16 int8 cache, spread, 2 x 8': ('v5e:4x4', (8, 2), 15.75),
 }
 # What could make the program fit.
 VARIANTS: dict[str, dict[str, Any]] = {
