@@ -1,8 +1,12 @@
 """What block-selecting prefills share: store, select, attend, audit.
 
-Keys are all-gathered over sequence shards for the attention, as in the dense
-prefill, so each shard selects for its own queries from all keys and nothing
-more travels.
+On P sequence shards of T tokens each, keys and values are all-gathered for the
+attention, as in the dense prefill: a device receives
+
+  2 (P - 1) B T K H E bytes a layer, E those of an element.
+
+Selection does not wait for them: a selector gets this shard's queries and keys,
+and, as a method says, moves what its scores need, or reads the gathered keys.
 """
 
 import dataclasses
@@ -87,12 +91,13 @@ class BlockPrefill(Prefill):
         'stands for what was measured'
       )
 
-  def select(self, q, k, *, q_start, ctx: Context) -> Selected:
+  def select(self, q, k, keys, *, q_start, ctx: Context) -> Selected:
     """Lists for this shard's queries.
 
     Args:
       q: [B T N H] rotated.
-      k: [B K S H] rotated, of all shards.
+      k: [B K T H] rotated, of this shard.
+      keys: [B K S H] the same of all shards; `k` itself where there is one.
       q_start: int32 [B] position of this shard's first query.
       ctx: the context.
     """
@@ -119,7 +124,8 @@ class BlockPrefill(Prefill):
       return out, (pairs, mass, mass, 0 * mass) if ctx.trace else ()
 
     def sparse():
-      selected = self.select(q, keys, q_start=q_start, ctx=ctx)
+      local = jnp.swapaxes(rotated, 1, 2)
+      selected = self.select(q, local, keys, q_start=q_start, ctx=ctx)
       out, lse = block_sparse(q, keys, values, selected.blocks, **where)
       if not ctx.trace:
         return out, ()

@@ -188,6 +188,7 @@ class LServePrefill(Prefill):
       some = q.reshape(batch, length, k.shape[2], group, -1)[:, :, safe]
       lists = chooser.select(
         some.reshape(batch, length, -1, q.shape[3]),
+        jnp.swapaxes(rotated, 1, 2)[:, safe],
         keys[:, safe],
         q_start=where['q_start'],
         ctx=ctx,

@@ -2,6 +2,11 @@
 
 Zhang et al., arXiv:2502.18137; see `lcx.select.sparge`. Without its second
 stage (skipping P V inside the kernel) and without its quantisation.
+
+On P sequence shards of T tokens each, means are taken where the keys live.
+Beside the attention's keys and values (`lcx.methods.block_prefill`) a device
+receives (P - 1) B K (T / 128) (4 H + 1) bytes a layer: float32 means of blocks
+and whether they are similar, 1 / 64 of what bfloat16 keys take.
 """
 
 import dataclasses
@@ -44,7 +49,8 @@ class SpargePrefill(BlockPrefill):
         f'prefill.similarity={self.similarity} must lie in [-1, 1]'
       )
 
-  def select(self, q, k, *, q_start, ctx: Context) -> Selected:
+  def select(self, q, k, keys, *, q_start, ctx: Context) -> Selected:
+    del keys
     return sparge(
       q,
       k,
@@ -55,6 +61,7 @@ class SpargePrefill(BlockPrefill):
       similarity=self.similarity,
       width=self.width,
       dense_below=self.listed_whole,
+      axis=ctx.axes.seq,
     )
 
 

@@ -3,6 +3,10 @@
 Jiang et al., arXiv:2407.02490; see `lcx.select.vertical_slash`. One setting for
 all heads, (1000, 6096): the released default for heads that no search has
 assigned, and the most frequent one in the released tables.
+
+On P sequence shards all get the last w queries, an all-reduce of
+2 (P - 1) / P 4 B (w (N H + 1) + 1) bytes a layer, and each scores the keys that
+the attention gathers anyway.
 """
 
 import dataclasses
@@ -49,14 +53,15 @@ class VerticalSlashPrefill(BlockPrefill):
           f'prefill.{name}={getattr(self, name)} must be at least 1'
         )
 
-  def select(self, q, k, *, q_start, ctx: Context) -> Selected:
+  def select(self, q, k, keys, *, q_start, ctx: Context) -> Selected:
+    del k
     last, at = last_queries(
       q, ctx.positions, ctx.valid, self.window, ctx.axes.seq
     )
     return vertical_slash(
       last,
       at,
-      k,
+      keys,
       n_queries=q.shape[1],
       q_start=q_start,
       lengths=ctx.lengths,

@@ -3,6 +3,20 @@
 Xu et al., arXiv:2503.16428; see `lcx.select.xattention`. Stride 16 and one
 threshold of 0.9 for all heads are the paper's plain setting (its tables use a
 threshold per head, searched offline).
+
+On P sequence shards of T tokens each, scores are computed where the keys live:
+queries travel, block masses come back. Beside the attention's keys and values
+(`lcx.methods.block_prefill`) a device receives a layer, for stride s and blocks
+of 128,
+
+  all-gather  (P - 1) B T N H E        the queries, E bytes an element
+              (P - 1) B (T / s) 4      their positions
+  all-to-all  (P - 1) B N (T / 128)^2 4           masses of key blocks
+  all-reduce  2 (P - 1) / P 2 B N (P T / s) 4     normalisers
+
+These queries are N / K times the bytes of the keys that the attention gathers
+anyway: a selector alone would move fewer bytes by gathering keys. No device
+scores keys of others, and each scores the same share.
 """
 
 import dataclasses
@@ -45,7 +59,8 @@ class XAttentionPrefill(BlockPrefill):
     if self.stride < 1 or 128 % self.stride:
       raise ValueError(f'prefill.stride={self.stride} must divide 128')
 
-  def select(self, q, k, *, q_start, ctx: Context) -> Selected:
+  def select(self, q, k, keys, *, q_start, ctx: Context) -> Selected:
+    del keys
     return xattention(
       q,
       k,
@@ -57,6 +72,7 @@ class XAttentionPrefill(BlockPrefill):
       width=self.width,
       dense_below=self.listed_whole,
       per=self.per,
+      axis=ctx.axes.seq,
     )
 
 

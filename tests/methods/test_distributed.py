@@ -458,6 +458,66 @@ def test_star_sends_nothing(size, fields):
   assert collective_bytes(text, size) == {}
 
 
+# Block selectors score keys where they live; the attention gathers them.
+
+
+def selecting(name):
+  fields = {'threshold': None, 'density': 0.3, 'dense_below': 0}
+  if name == 'spargeattn':
+    fields['similarity'] = -1  # trusts every mean, so some blocks are left out
+  return make(name, **{f'prefill.{k}': v for k, v in fields.items()})
+
+
+@functools.cache
+def selected(name, seq):
+  return hidden(selecting(name), request(), seq)
+
+
+@pytest.mark.parametrize(
+  ('name', 'seq'),
+  [('xattention', 2), ('spargeattn', 4)]
+  + [long('xattention', 4), long('spargeattn', 2)],
+)
+def test_blocks_selected_over_shards_are_those_of_one_device(name, seq):
+  """Outputs, keys seen and estimated masses of both layers."""
+  got, seen = selected(name, seq)
+  want, wanted = selected(name, 1)
+  chex.assert_trees_all_close(got, want, rtol=2e-5, atol=2e-5)
+  for sums, full in zip(*map(jax.device_get, (seen, wanted))):
+    assert sums['keys'] == full['keys'] < 0.7 * full['pairs']
+    np.testing.assert_allclose(
+      sums['estimated_mass'], full['estimated_mass'], rtol=1e-5
+    )
+  assert not np.allclose(want, dense(), atol=1e-3)
+
+
+def selector_bytes(name, size, room):
+  """Docstrings of lcx/methods/{block_prefill,xattention,spargeattn}.py."""
+  other, piece = size - 1, room // size
+  keys_and_values = other * 2 * piece * K * H * E
+  if name == 'spargeattn':
+    means = other * K * (piece // 128) * (4 * H + 1)
+    return {'all-gather': keys_and_values + means}
+  queries = other * piece * (N * H * E + 4 / 16)
+  # Normalisers of a kv head at a time: a loop's operations count once.
+  normalisers = 2 * other / size * 2 * (N // K) * (room // 16) * 4
+  return {
+    'all-gather': keys_and_values + queries,
+    'all-to-all': other * N * (piece // 128) ** 2 * 4,
+    'all-reduce': normalisers,
+  }
+
+
+@pytest.mark.parametrize(
+  ('name', 'size'),
+  [('xattention', 2), ('spargeattn', 4), long('xattention', 4)],
+)
+def test_bytes_of_selectors(name, size):
+  text, room = program(selecting(name), size, room=1024)
+  want = selector_bytes(name, size, room)
+  assert collective_bytes(text, size) == pytest.approx(want)
+
+
 # Bad input.
 
 
