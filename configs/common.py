@@ -52,6 +52,8 @@ def base(kind: str, title: str) -> config_dict.ConfigDict:
   config = config_dict.ConfigDict(sort_keys=False)
   config.kind = kind
   config.title = title
+  if kind == 'evaluate':
+    config.weights = ''
   # Compilations are kept here; '' keeps none. Relative to where one starts.
   config.compilation_cache = '.cache/jax'
   return config

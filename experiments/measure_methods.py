@@ -89,7 +89,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   """
   variants = {
     label: peers.METHODS.get(fields.get('method', ''))
-    or evaluate._variant(label, fields).method
+    or evaluate.variant(label, fields).method
     for label, fields in config.methods.items()
   }
   bench = Bench(config)

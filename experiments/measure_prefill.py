@@ -89,7 +89,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
 
   mesh = sharding.make_mesh(1, config.devices, 1)
   variants = {
-    label: evaluate._variant(label, fields).method
+    label: evaluate.variant(label, fields).method
     for label, fields in config.methods.items()
   }
   where = environment.describe()

@@ -30,6 +30,7 @@ from experiments import environment, errors, processes, resolve
 
 KINDS = (
   'evaluate',
+  'long_output',
   'measure',
   'measure_methods',
   'measure_prefill',
