@@ -6,14 +6,15 @@ import pytest
 
 from experiments import long_output, run
 
-
 KEPT = {'sink': 4, 'recent': 60}
 
 
 def config(**fields):
   found = {
     'model': 'preset:tiny',
-    'methods': {'streaming': {p: KEPT for p in ('prefill', 'cache', 'decode')}},
+    'methods': {
+      'streaming': dict.fromkeys(('prefill', 'cache', 'decode'), KEPT)
+    },
     'task': 'niah_single_2',
     'length': 512,
     'new_tokens': 12,
