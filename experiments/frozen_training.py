@@ -1,5 +1,6 @@
 """What trainings beside a frozen model share: documents, pieces, a log."""
 
+import dataclasses
 import json
 import pathlib
 import time
@@ -9,8 +10,9 @@ from typing import Any
 import numpy as np
 import tqdm
 
+from experiments import environment
 from experiments.prompts import Template
-from experiments.results import write_file
+from experiments.results import cut_log, write_json
 from lcx.tasks.haystacks import default_text
 from lcx.train.checkpoint import Checkpoints
 from lcx.train.passkeys import Passkeys, Writer
@@ -34,6 +36,12 @@ def make_writer(
   return Writer(haystack, encode, documents, seed, opening)
 
 
+def describe(config: Any, workdir: pathlib.Path) -> None:
+  """Writes what is run, and where; not before it is known to be this run."""
+  write_json(workdir / 'config.json', dataclasses.asdict(config))
+  write_json(workdir / 'env.json', environment.describe())
+
+
 def train_piece(
   config: Any,
   trainer: Any,
@@ -45,7 +53,7 @@ def train_piece(
   Args:
     config: with recipe.steps, steps, minutes and save_minutes.
     trainer: with run, restore, save, step and fingerprint.
-    workdir: gets metrics.jsonl and checkpoints/.
+    workdir: gets config.json, env.json, metrics.jsonl and checkpoints/.
     says: the progress bar's text, from a step's metrics.
 
   Raises:
@@ -57,8 +65,9 @@ def train_piece(
   checkpoints = Checkpoints(workdir / 'checkpoints', trainer.fingerprint)
   if trainer.restore(checkpoints):
     print(f'goes on from step {trainer.step} of {config.recipe.steps}')
+  describe(config, workdir)
   log = workdir / 'metrics.jsonl'
-  _cut_log(log, trainer.step)
+  cut_log(log, trainer.step)
   stop = config.recipe.steps
   if config.steps:
     stop = min(stop, trainer.step + config.steps)
@@ -89,15 +98,3 @@ def train_piece(
     trainer.save(checkpoints)
   checkpoints.close()
   return {'steps_done': trainer.step, 'run': trainer.fingerprint, 'last': row}
-
-
-def _cut_log(log, step):
-  """Drops rows of steps that will be done again, and a torn last line."""
-  kept = []
-  for line in log.read_text().splitlines() if log.exists() else []:
-    try:
-      if json.loads(line)['step'] < step:
-        kept.append(line)
-    except ValueError:
-      continue
-  write_file(log, ''.join(line + '\n' for line in kept))

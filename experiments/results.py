@@ -10,12 +10,16 @@ asks for the keys it wants.
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
 import pathlib
+import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 from absl import logging
 
 from experiments.errors import CannotWrite
@@ -167,3 +171,45 @@ def write_file(path: str | os.PathLike, data: str | bytes) -> None:
 def write_json(path: str | os.PathLike, value: Any) -> None:
   """Writes indented JSON in the order of the keys; see `write_file`."""
   write_file(path, json.dumps(value, indent=2, ensure_ascii=False) + '\n')
+
+
+def write_arrays(
+  path: str | os.PathLike, arrays: Mapping[str, Any], *, compress: bool = False
+) -> None:
+  """Writes an .npz file; see `write_file`."""
+  raw = io.BytesIO()
+  (np.savez_compressed if compress else np.savez)(raw, **arrays)
+  write_file(path, raw.getvalue())
+
+
+def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
+  """All arrays of an .npz file that this code can make again.
+
+  Raises:
+    ValueError: the file is cut or damaged.
+    OSError: it cannot be read.
+  """
+  try:
+    with np.load(path) as found:
+      return {name: found[name] for name in found.files}
+  except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    raise ValueError(
+      f'{path} is damaged ({error}); delete it: the same command makes it again'
+    ) from error
+
+
+def cut_log(path: pathlib.Path, step: int) -> None:
+  """Drops rows of steps that will be done again, and lines torn by a kill.
+
+  Args:
+    path: of a log of JSON lines, each with its `step`; may not be there.
+    step: from which a training goes on.
+  """
+  kept = []
+  for line in path.read_text().splitlines() if path.exists() else []:
+    try:
+      if json.loads(line)['step'] < step:
+        kept.append(line)
+    except (ValueError, KeyError, TypeError):
+      continue
+  write_file(path, ''.join(line + '\n' for line in kept))

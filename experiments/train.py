@@ -18,8 +18,15 @@ import safetensors.numpy
 import tqdm
 
 from experiments import environment, train_plot
-from experiments.results import make_folder, write_file, write_json
-from lcx import sharding
+from experiments.results import (
+  cut_log,
+  make_folder,
+  read_arrays,
+  write_arrays,
+  write_file,
+  write_json,
+)
+from lcx import sharding, tasks
 from lcx.models import load as loader
 from lcx.models.config import ModelConfig
 from lcx.tasks.words import ADJECTIVES, NOUNS
@@ -104,23 +111,26 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   data, words, tokenizer = prepare(config, workdir)
   mixture = Mixture(data, tokenizer, words, config.stages, config.seed)
   mesh = sharding.make_mesh(*config.mesh)
-  examples = _examples(config, tokenizer, workdir)
+  weights, start = _begin(config, mesh)
   options = Options(
     seed=config.seed,
     lm_weight=config.lm_weight,
     remat=config.remat,
     workers=config.workers,
+    start=start,
   )
   trainer = Trainer(
-    config.model, config.optimizer, mixture, mesh, options, _begin(config, mesh)
+    config.model, config.optimizer, mixture, mesh, options, weights
   )
   checkpoints = Checkpoints(workdir / 'checkpoints', trainer.fingerprint)
   if trainer.restore(checkpoints):
     print(f'goes on from step {trainer.step} of {mixture.steps}')
+  # Another config was refused: from here on, files are this run's.
+  examples = _examples(config, tokenizer, workdir)
   write_json(workdir / 'config.json', dataclasses.asdict(config))
   write_json(workdir / 'env.json', environment.describe())
   log = workdir / 'metrics.jsonl'
-  _cut_log(log, trainer.step)
+  cut_log(log, trainer.step)
   stop = mixture.steps
   if config.steps:
     stop = min(stop, trainer.step + config.steps)
@@ -136,26 +146,79 @@ def run(config: Config, workdir: pathlib.Path) -> None:
 
 
 def _begin(config, mesh):
+  """Weights to begin with and their SHA-256; (None, '') for random ones."""
   if not config.start:
-    return None
+    return None, ''
   found = loader.load(config.start, 'float32', mesh)
   if found.config.replace(dtype=config.model.dtype) != config.model:
     raise ValueError(f'config.start={config.start!r} is not of config.model')
-  return found.weights
+  return found.weights, found.sha256
 
 
 def prepare(
   config: Config, workdir: pathlib.Path
 ) -> tuple[corpus.Corpus, tuple[str, ...], Any]:
-  """The text as tokens, the words of keys, the tokenizer; made once."""
+  """The text as tokens, the words of keys, the tokenizer; made once.
+
+  Raises:
+    ValueError: what stands in the workdir is damaged, or was made by other
+      config.text, config.words or config.tokenizer.
+    OSError: a file cannot be read or written.
+  """
   store, named = workdir / 'data.npz', workdir / 'tokenizer.json'
-  if store.exists() and named.exists():
-    with np.load(store) as saved:
-      data = corpus.Corpus(
-        saved['tokens'], saved['starts'], tuple(saved['sentences'].tolist())
-      )
-      words = tuple(saved['words'].tolist())
-    return data, words, corpus.load_tokenizer(named.read_text())
+  if not (store.exists() and named.exists()):
+    _make_data(config, store, named)
+  saved = read_arrays(store)
+  _check_sources(config, store, saved)
+  tokenizer = corpus.load_tokenizer(named.read_text())
+  _check_size(config, tokenizer)
+  data = corpus.Corpus(
+    saved['tokens'], saved['starts'], tuple(saved['sentences'].tolist())
+  )
+  return data, tuple(saved['words'].tolist()), tokenizer
+
+
+def _sources(config) -> dict[str, Any]:
+  """What data.npz follows from; files by their content."""
+  files = [source for source in config.text if text.is_path(source)]
+  return {
+    'text': list(config.text),
+    'files': {path: _sha256(path) for path in files},
+    'words': config.words,
+    'tokenizer': _sha256(config.tokenizer) if config.tokenizer else '',
+  }
+
+
+def _sha256(path):
+  return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+
+
+def _check_sources(config, store, saved):
+  if 'sources' not in saved:
+    raise ValueError(
+      f'{store} does not say what it was made from: give another --workdir, '
+      'or delete it'
+    )
+  was, now = json.loads(str(saved['sources'])), _sources(config)
+  asked = 'give the config it was made with, or another --workdir'
+  for name in ('text', 'words', 'tokenizer'):
+    if was[name] != now[name]:
+      raise ValueError(f'{store} was made by another config.{name}: {asked}')
+  for path, digest in now['files'].items():
+    if was['files'][path] != digest:
+      raise ValueError(f'{path} has changed since {store} was made: {asked}')
+
+
+def _check_size(config, tokenizer):
+  if tokenizer.get_vocab_size() != config.model.vocab_size:
+    raise ValueError(
+      f'the tokenizer has {tokenizer.get_vocab_size()} tokens, '
+      f'config.model.vocab_size={config.model.vocab_size}'
+    )
+
+
+def _make_data(config, store, named):
+  sources = _sources(config)
   paragraphs, _ = text.split(config.text)
   words = tuple(
     dict.fromkeys(
@@ -170,22 +233,20 @@ def prepare(
       paragraphs, [*blank, *NOUNS], config.model.vocab_size
     ).to_str()
   tokenizer = corpus.load_tokenizer(made)
-  if tokenizer.get_vocab_size() != config.model.vocab_size:
-    raise ValueError(
-      f'the tokenizer has {tokenizer.get_vocab_size()} tokens, '
-      f'config.model.vocab_size={config.model.vocab_size}'
-    )
+  _check_size(config, tokenizer)
   data = corpus.build(paragraphs, tokenizer)
   data.check(max(stage.length for stage in config.stages))
   write_file(named, made)
-  np.savez(
+  write_arrays(
     store,
-    tokens=data.tokens,
-    starts=data.starts,
-    sentences=np.asarray(data.sentences),
-    words=np.asarray(words),
+    {
+      'tokens': data.tokens,
+      'starts': data.starts,
+      'sentences': np.asarray(data.sentences),
+      'words': np.asarray(words),
+      'sources': np.asarray(json.dumps(sources)),
+    },
   )
-  return data, words, tokenizer
 
 
 def _examples(config, tokenizer, workdir):
@@ -212,32 +273,17 @@ def _examples(config, tokenizer, workdir):
       arrays[f'{length}|{name}|spans'] = np.asarray([
         (e.prompt, len(e.tokens)) for e in part
       ])  # fmt: skip
-    np.savez_compressed(store, **arrays)
-  found = {}
-  with np.load(store) as saved:
-    for label in saved.files:
-      if label.endswith('|spans'):
-        continue
-      length, name = label.split('|')
-      spans = saved[f'{label}|spans']
-      found[name, int(length)] = [
-        exact.Example(tokens[:end].astype(np.int32), int(begin))
-        for tokens, (begin, end) in zip(saved[label], spans)
-      ]
-  return found
-
-
-def _cut_log(log, step):
-  """Drops rows of steps that will be done again."""
-  lines = log.read_text().splitlines() if log.exists() else []
-  kept = []
-  for line in lines:
-    try:
-      if json.loads(line)['step'] < step:
-        kept.append(line)
-    except ValueError:  # a line torn by a kill
+    write_arrays(store, arrays, compress=True)
+  found, saved = {}, read_arrays(store)
+  for label, rows in saved.items():
+    if label.endswith('|spans'):
       continue
-  write_file(log, ''.join(line + '\n' for line in kept))
+    length, name = label.split('|')
+    found[name, int(length)] = [
+      exact.Example(tokens[:end].astype(np.int32), int(begin))
+      for tokens, (begin, end) in zip(rows, saved[f'{label}|spans'])
+    ]
+  return found
 
 
 def _train(config, trainer, checkpoints, log, stop, until):
@@ -285,12 +331,19 @@ def _train(config, trainer, checkpoints, log, stop, until):
 
 def _judge(config, trainer, mesh, examples):
   scores = []
+  filtered = {
+    exact.label(c.task, c.fields): exact.filters_keys(
+      tasks.get_task(c.task, **c.fields)
+    )
+    for c in config.evaluate
+  }
   for (name, length), found in examples.items():
     batch = max(1, config.judge_tokens // length)
     judge = exact.Judge(config.model, mesh, min(batch, len(found)))
     score = judge.score(trainer.state['params'], found, length)
     print(f'{name} {length}: {score["exact"]:.1%} ({score["tokens"]:.1%})')
-    scores.append({'task': name, 'length': length, 'n': len(found), **score})
+    about = {'task': name, 'length': length, 'n': len(found)}
+    scores.append({**about, **score, 'keys_held_out': filtered[name]})
   return scores
 
 

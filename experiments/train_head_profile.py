@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from experiments import environment, models
-from experiments.frozen_training import make_writer, train_piece
-from experiments.results import make_folder, write_file, write_json
+from experiments import models
+from experiments.frozen_training import describe, make_writer, train_piece
+from experiments.results import make_folder, write_file
 from lcx import sharding
 from lcx.head_profile import HeadProfile, fingerprint
 from lcx.train import head_profile
@@ -69,11 +69,10 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   """
   source = models.find(config.model, config.seed)
   make_folder(workdir)
-  write_json(workdir / 'config.json', dataclasses.asdict(config))
-  write_json(workdir / 'env.json', environment.describe())
   model = models.load(source, config.dtype)
   writer = make_writer(config.text, config.documents, config.seed, model)
   if config.source == 'distant_mass':
+    describe(config, workdir)
     gates = head_profile.distant_mass(
       model.config,
       model.weights,

@@ -11,9 +11,9 @@ import dataclasses
 import pathlib
 from typing import Literal
 
-from experiments import environment, models
+from experiments import models
 from experiments.frozen_training import make_writer, train_piece
-from experiments.results import write_file, write_json
+from experiments.results import make_folder, write_file
 from lcx.head_profile import fingerprint
 from lcx.select.retaining_head import RetainingHeads
 from lcx.train import retaining_head
@@ -60,9 +60,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     OSError: a file cannot be read or written.
   """
   source = models.find(config.model, config.seed)
-  workdir.mkdir(parents=True, exist_ok=True)
-  write_json(workdir / 'config.json', dataclasses.asdict(config))
-  write_json(workdir / 'env.json', environment.describe())
+  make_folder(workdir)
   model = models.load(source, config.dtype)
   writer = make_writer(config.text, config.documents, config.seed, model)
   trainer = retaining_head.HeadTrainer(

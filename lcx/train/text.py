@@ -1,11 +1,13 @@
-"""Natural text to hide things in: where it comes from, how it is split.
+"""Natural text to train on: where it comes from, what is left out.
 
 The default is the prose of docstrings in installed packages (BSD, Apache and
 PSF licences), so that nothing is downloaded and nothing is shipped. A user's
-own files may take its place.
+own files may take its place. What evaluation hides things in
+(`haystacks.default_text`) is never trained on, wherever it stands.
 """
 
 import ast
+import functools
 import hashlib
 import importlib.util
 import pathlib
@@ -76,6 +78,22 @@ def read(path: str) -> list[str]:
   return found
 
 
+def is_path(source: str) -> bool:
+  """Whether a source is a text file; else it is an installed package."""
+  return '/' in source or '.' in source
+
+
+def digest(line: str) -> str:
+  """SHA-256 of a paragraph."""
+  return hashlib.sha256(line.encode()).hexdigest()
+
+
+@functools.cache
+def of_evaluation() -> frozenset[str]:
+  """Digests of the paragraphs of the haystack that evaluation uses."""
+  return frozenset(map(digest, paragraphs(haystacks.default_text())))
+
+
 def split(sources: tuple[str, ...] = PACKAGES) -> tuple[list[str], list[str]]:
   """Paragraphs to train on and to hold out; duplicates fall out.
 
@@ -84,12 +102,24 @@ def split(sources: tuple[str, ...] = PACKAGES) -> tuple[list[str], list[str]]:
       with a dot or a slash).
 
   Returns:
-    (training, held out), decided paragraph by paragraph by SHA-256.
+    (training, held out), decided paragraph by paragraph by SHA-256: a
+    sixteenth, and what stands in evaluation's haystack, is held out.
+
+  Raises:
+    ValueError: a source is no text, or nothing is left to train on.
+    OSError: a file cannot be read.
   """
   seen: dict[str, None] = {}
   for source in sources:
-    is_path = '/' in source or '.' in source
-    for line in read(source) if is_path else docstrings(source):
+    for line in read(source) if is_path(source) else docstrings(source):
       seen.setdefault(line)
-  train = [line for line in seen if not held_out(line)]
-  return train, [line for line in seen if held_out(line)]
+  evaluated = of_evaluation()
+  left = {line for line in seen if held_out(line) or digest(line) in evaluated}
+  train = [line for line in seen if line not in left]
+  if not train:
+    raise ValueError(
+      f'nothing of the text {", ".join(sources)} is left to train on: '
+      "evaluation's haystack and a sixteenth of all paragraphs are held out; "
+      'give more text'
+    )
+  return train, [line for line in seen if line in left]

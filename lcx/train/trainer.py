@@ -29,12 +29,14 @@ class Options:
     lm_weight: of the loss over everything, beside that over answers.
     remat: recomputes layers in the backward pass.
     workers: processes that make batches; 0: none. Does not change a run.
+    start: SHA-256 of the weights to begin with; '': random weights.
   """
 
   seed: int = 0
   lm_weight: float = 0.25
   remat: bool = False
   workers: int = 0
+  start: str = ''
 
 
 class Trainer:
@@ -51,7 +53,7 @@ class Trainer:
     mixture: the data.
     mesh: of `lcx.sharding.make_mesh`.
     options: the rest.
-    weights: where to begin; None: random weights.
+    weights: where to begin, those of `options.start`; None: random weights.
   """
 
   def __init__(
@@ -69,16 +71,17 @@ class Trainer:
     self.options = options
     self.step = 0
     self._transform = optimizer.make(rule, mixture.steps)
-    self.fingerprint = fingerprint(
-      {
-        'model': dataclasses.asdict(config),
-        'optimizer': dataclasses.asdict(rule),
-        'stages': [dataclasses.asdict(s) for s in mixture.stages],
-        'data': [mixture.seed, mixture.writer.corpus.sha256],
-        'tokenizer': mixture.writer.tokenizer.to_str(),
-        'options': [options.seed, options.lm_weight],
-      }
-    )
+    decides = {
+      'model': dataclasses.asdict(config),
+      'optimizer': dataclasses.asdict(rule),
+      'stages': [dataclasses.asdict(s) for s in mixture.stages],
+      'data': [mixture.seed, mixture.writer.corpus.sha256],
+      'tokenizer': mixture.writer.tokenizer.to_str(),
+      'options': [options.seed, options.lm_weight],
+    }
+    if options.start:  # random weights keep the fingerprint they always had
+      decides['start'] = options.start
+    self.fingerprint = fingerprint(decides)
     self.state = self._start(weights)
     self._gradient = jax.jit(self._loss_and_gradient)
     self._move = jax.jit(self._update, donate_argnums=(0, 1))

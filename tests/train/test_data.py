@@ -2,16 +2,18 @@
 
 import dataclasses
 import hashlib
+import itertools
 import random
 import re
 
 import numpy as np
 import pytest
 
-from lcx.tasks import get_task
+from lcx.tasks import get_task, haystacks
 from lcx.tasks.words import ADJECTIVES, NOUNS
 from lcx.train import (
   corpus,
+  exact,
   feed,
   layout,
   mixture,
@@ -143,6 +145,47 @@ def test_training_and_evaluation_share_no_key():
   assert {text.held_out(k, 2) for k in a} == {False}
 
 
+@pytest.mark.parametrize(
+  ('name', 'filtered'),
+  [
+    ('niah_single_2', True),
+    ('niah_multikey_1', True),
+    ('niah_multiquery', True),
+    ('niah_multikey_2', False),  # as its record says
+  ],
+)
+def test_evaluation_asks_for_held_out_keys(name, filtered):
+  task = get_task(name)
+  found = exact.examples(task, lambda t: list(t.encode()), 2500, 3)
+  for example in found:
+    said = bytes(example.tokens[1:-1].astype(np.uint8)).decode()
+    keys = re.findall(r'The pass \w+ of (\S+) is \d', said)
+    assert len(keys) >= task.keys
+    held = [text.held_out(key, 2) for key in keys]
+    assert all(held) == filtered == exact.filters_keys(task)
+
+
+def test_evaluation_s_haystack_is_not_trained_on(tmp_path):
+  """Whatever is read: its paragraphs are known by hash."""
+  haystack = haystacks.default_text()
+  of = set(map(text.digest, text.paragraphs(haystack)))
+  file = tmp_path / 'all.txt'
+  file.write_text('\n\n'.join([haystack, *paragraphs()]))
+  train, held = text.split((str(file),))
+  assert train and not of & set(map(text.digest, train))
+  assert of <= set(map(text.digest, held))
+  file.write_text(haystack)
+  with pytest.raises(ValueError, match='nothing of the text'):
+    text.split((str(file),))
+  # It is what evaluation hides its needles in.
+  sample = get_task('niah_single_2').sample(lambda t: len(t.split()), 900, 0, 0)
+  parts = sample.context.replace('\n', ' ').split(' The pass ')
+  first, last = parts[0], parts[-1].partition('. ')[2]
+  words = ' '.join(haystack.split())
+  for part in (first, last):
+    assert ' '.join(part.split()[:20]) in words
+
+
 def _digest(line):
   line = re.sub(r'\{\w\}|\d+|[A-Z]{3,}|[a-z]+-[a-z]+', '#', line)
   return hashlib.sha256(line.encode()).hexdigest()
@@ -159,16 +202,22 @@ def test_phrases_of_evaluation_are_not_trained_on():
           for part in (phrase.needle, phrase.one, phrase.many):
             trained.add(_digest(phrases.fill(part, slots)))
             assert kind
+  for part in itertools.chain.from_iterable(phrases.PASSKEY):
+    for thing, adjective in itertools.product(
+      phrases.THINGS['number'], phrases.ADJECTIVES
+    ):
+      trained.add(_digest(phrases.fill(part, {'a': adjective, 't': thing})))
   for chain in phrases.CHAINS:
     trained |= {_digest(s) for s in (chain.first, chain.more, chain.ask)}
 
   def count(t):
     return len(t.split())
 
-  for name in ('niah_single_2', 'niah_multikey_1', 'vt'):
+  for name in ('niah_single_2', 'niah_multikey_1', 'vt', 'passkey'):
     task = get_task(name)
     sample = task.sample(count, 1200, 0, 0)
-    sentences = re.findall(r'(?:The pass|Let) [^.]*\.', sample.context) + [
+    said = re.findall(r'(?:The pass|Let|Here is) [^.]*\.', sample.context)
+    sentences = said + [
       sample.questions[0].text + sample.questions[0].answer_prefix
     ]
     assert len(sentences) > 1
