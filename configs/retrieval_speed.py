@@ -2,28 +2,37 @@
 
 python -m experiments.run --config=configs/retrieval_speed.py
 
-Arguments: `length=N`, `layers=N` (of the model; times of fewer layers are no
-times of the model), `op=build|decode`, `smoke`. A small machine: `length=8192,
-layers=1`. `device` is dense attention over the whole cache on the device.
+Every kind decodes at the smallest effort whose recall is 0.95. Arguments:
+`recall=R` (another; 0: the efforts stand here), `length=N`, `layers=N` (of the
+model; times of fewer layers are no times of the model), `op=build|decode`,
+`smoke`. A small machine: `length=8192,layers=1`. `device` is dense attention
+over the whole cache on the device.
+
+Keys and queries are drawn, so each decode time is printed with its recall by
+share of keys scanned, over efforts: the curve that configs/retrieval_recall.py
+prints of real heads. Rows carry bytes of both tiers and the device's peak.
+Caches are filled once; kinds: --config.kinds="('graph', 'flat')". HNSW takes
+minutes of all cores to build for 32 layers.
 """
 
 from configs import common
 
 
 def get_config(arg=''):
-  arg = common.parse_arg(arg, length=131072, layers=32, op='')
+  arg = common.parse_arg(arg, length=131072, layers=32, op='', recall=0.95)
   config = common.base('measure_retrieval', 'Retrieval: build and decode')
   config.model = 'preset:llama3_8b'
   config.length = arg.length
   config.layers = tuple(range(arg.layers))
   config.ops = (arg.op,) if arg.op else ('build', 'decode')
-  config.kinds = ('device', 'graph', 'ivf', 'hnsw', 'flat')
+  config.kinds = ('graph', 'ivf', 'hnsw', 'flat', 'device')
   config.efforts = {
-    'graph': (200,),
-    'hnsw': (400,),
-    'ivf': (128,),
+    'graph': (50, 100, 200, 400, 800),
+    'hnsw': (100, 200, 400, 800, 1600),
+    'ivf': (32, 64, 128, 256),
     'flat': (0,),
   }
+  config.recall = arg.recall
   config.top = 100
   config.queries = 2048
   config.neighbours = 64
@@ -37,7 +46,6 @@ def get_config(arg=''):
     config.length = 1024
     config.layers = (0,)
     config.kinds = ('exact',)
-    config.ops = ('decode',)
     config.top = 20
     config.queries = 128
     config.neighbours = 16

@@ -251,6 +251,7 @@ def _row(
     'density': _finite(answer.density),
     'prefill_density': _finite(answer.prefill_density),
     'decode_density': _finite(answer.decode_density),
+    **{k: _finite(v) for k, v in answer.masses.items()},
     'degenerate': good
     and place.variant.label != comparison.BASELINE
     and answer.density > DEGENERATE,

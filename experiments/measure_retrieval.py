@@ -8,9 +8,10 @@ The ops:
   build   seconds until a layer's index answers, by kind: nearest keys on the
           device, then the host's part. One row of tokens, drawn keys.
   decode  milliseconds of a token's attention over `layers` layers, by kind,
-          beside dense attention on the device where it fits.
+          beside dense attention on the device where it fits; at the effort that
+          gives a recall, the same for all kinds, or at a fixed one.
 
-The last two, on drawn keys, are in retrieval_bench.py.
+The last two, on drawn keys, are in retrieval_bench.py: one pass a kind.
 """
 
 import dataclasses
@@ -49,8 +50,10 @@ class Config:
     title: of the run.
     text: a file that is read by `recall`; '': Python's own documentation.
     top: tokens retrieved per query head.
-    efforts: of each kind that has one, in `recall`; the third is that of
-      `decode`.
+    efforts: of each kind that has one, for the curve of recall by scan; the
+      third is that of `decode` where it has no `recall` to reach.
+    recall: that `decode` reaches with the smallest effort; 0: efforts are
+      fixed.
     layers: numbers of the layers in `recall` (empty: all); in the others, how
       many there are counts.
     asked: tokens after the indexed ones whose queries ask.
@@ -71,6 +74,7 @@ class Config:
   text: str = ''
   top: int = 100
   efforts: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+  recall: float = 0.0
   layers: tuple[int, ...] = ()
   asked: int = 32
   queries: int = 2048
@@ -93,6 +97,8 @@ class Config:
     for name in ('length', 'top', 'asked', 'repeats'):
       if getattr(self, name) < 1:
         raise ValueError(f'config.{name}={getattr(self, name)}: at least 1')
+    if not 0 <= self.recall <= 1:
+      raise ValueError(f'config.recall={self.recall} must be from 0 to 1')
 
 
 def run(config: Config, workdir: pathlib.Path) -> None:
@@ -102,24 +108,19 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     ValueError: a model, a kind or a number does not exist or does not fit.
     Failure: nothing could be measured.
   """
-  from experiments import retrieval_bench as bench
-
-  measures = {'recall': recall, 'build': bench.build, 'decode': bench.decode}
   where = environment.describe()
   lines: list[str] = []
   with Results(workdir / 'results.jsonl') as results:
     write_json(workdir / 'config.json', dataclasses.asdict(config))
     write_json(workdir / 'env.json', where)
-    for op in config.ops:
-      measure = measures[op]
-      for found in measure(config):
-        row = _row(config, op, found, where)
-        results.append([row])
-        if config.output:
-          with open(config.output, 'a', encoding='utf-8') as out:
-            out.write(_json(row) + '\n')
-        lines.append(_line(row))
-        print(lines[-1], flush=True)
+    for op, found in _found(config):
+      row = _row(config, op, found, where)
+      results.append([row])
+      if config.output:
+        with open(config.output, 'a', encoding='utf-8') as out:
+          out.write(_json(row) + '\n')
+      lines.append(_line(row))
+      print(lines[-1], flush=True)
     lines += _summary(results.rows.values())
   if not lines:
     raise Failure('nothing was measured: config.kinds is empty')
@@ -127,6 +128,17 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   (workdir / 'report.md').write_text(
     f'# {config.title}\n\n```\n' + '\n'.join(lines) + '\n```\n'
   )
+
+
+def _found(config: Config):
+  """(op, row) of all ops."""
+  from experiments import retrieval_bench
+
+  if 'recall' in config.ops:
+    for row in recall(config):
+      yield 'recall', row
+  if {'build', 'decode'} & set(config.ops):
+    yield from retrieval_bench.speed(config)
 
 
 def _json(row: Row) -> str:
@@ -146,6 +158,7 @@ def _row(config, op: str, found: Row, where) -> Row:
     'degree': config.degree,
     'dtype': config.dtype,
     'seed': config.seed,
+    **({'target': config.recall} if op == 'decode' else {}),
     'device': where['device'],
     'git': where['git'],
   } | {k: found[k] for k in ('kind', 'layer', 'head') if k in found}
@@ -174,34 +187,54 @@ def _faiss_version() -> dict[str, str]:
 def _line(row: Row) -> str:
   head = f'{row["op"]:<7}{row["kind"]:<17}'
   if row['op'] == 'recall':
-    curve = ' '.join(
-      f'{r:.3f}@{100 * s:.1f}%'
-      for r, s in zip(row['recall'], row['scanned'], strict=True)
-    )
+    curve = _shown(zip(row['recall'], row['scanned'], strict=True))
     return f'{head} layer {row["layer"]:>2} head {row["head"]} {curve}'
   if row['op'] == 'build':
     return (
       f'{head} {row["ms"] / 1e3:9.2f} s for {row["layers"]} layers: device '
       f'{row["device_s"]:.2f} s, host {row["host_s"]:.2f} s'
     )
-  return (
+  line = (
     f'{head} {row["ms"]:9.3f} ms a token of {row["layers"]} layers, in the '
     f'host {row["host_ms"]:.3f} ms, of it {row["python_ms"]:.3f} in Python'
   )
+  if not row.get('curve'):
+    return line
+  here = _shown([(row['recall'], row['scanned'])])
+  missed = ' (not reached)' if row['reached'] is False else ''
+  return (
+    f'{line}; effort {row["effort"]}: {here}{missed}\n'
+    f'{head} recall@scanned: {_shown(c[1:] for c in row["curve"])}'
+  )
+
+
+def _shown(curve) -> str:
+  """Recalls, each at its share of keys scanned."""
+  return ' '.join(f'{r:.3f}@{100 * s:.1f}%' for r, s in curve)
 
 
 def _summary(rows) -> list[str]:
-  """Mean share scanned at recall 0.95 by kind, over heads that reach it."""
-  rows = [r for r in rows if r['op'] == 'recall']
+  """Mean share scanned at recall 0.95 by kind, over heads that reach it.
+
+  Of decode rows: how much longer other kinds take than the first.
+  """
+  rows = list(rows)
+  recalls = [r for r in rows if r['op'] == 'recall']
   lines = []
-  for kind in dict.fromkeys(r['kind'] for r in rows):
-    mine = [r['scanned_at_95'] for r in rows if r['kind'] == kind]
+  for kind in dict.fromkeys(r['kind'] for r in recalls):
+    mine = [r['scanned_at_95'] for r in recalls if r['kind'] == kind]
     got = [s for s in mine if s is not None]
     mean = f'{100 * statistics.mean(got):.2f}%' if got else 'none'
     lines.append(
       f'{kind:<17} recall 0.95 at {mean} scanned, {len(got)} of {len(mine)} '
       'heads reach it'
     )
+  one, *others = [r for r in rows if r['op'] == 'decode'] or [None]
+  lines += [
+    f'{other["kind"]:<17} {other["ms"] / one["ms"]:.2f} times the time of '
+    f'{one["kind"]}, recall {other["recall"]:.3f} and {one["recall"]:.3f}'
+    for other in others
+  ]
   return lines
 
 
@@ -340,7 +373,7 @@ def _curve(config: Config, kind: str, near, keys, asked) -> Row:
   want = best_of(asked, keys, config.top)
   recalls, scans = [], []
   for effort in config.efforts.get(kind, (0,)):
-    _, found, scan = _searched(index, kind, asked, config.top, effort, n)
+    _, found, scan = searched(index, kind, asked, config.top, effort, n)
     hit = (want[:, :, None] == found[:, None, :]).any(2)
     recalls.append(float(hit.mean()))
     scans.append(scan)
@@ -389,7 +422,7 @@ def found_by(index, q, top: int, effort: int):
   )
 
 
-def _searched(index, kind: str, q, top: int, effort: int, n: int):
+def searched(index, kind: str, q, top: int, effort: int, n: int):
   """(scores, tokens, share of keys whose product was computed)."""
   if kind in ('exact', 'flat'):
     return *index.search(q, top, effort), 1.0

@@ -1,13 +1,25 @@
 """Builds indexes over drawn keys and decodes from them: times of a shape.
 
 Keys and queries (`Drawn`) are clusters that attention-like queries see from
-afar; the recall beside each time says how hard they were to find.
+afar. How hard they are to find is printed beside each time: recall by share of
+keys scanned, over efforts, for queries that no index was made from. The same
+curve of a real model's heads is what the op `recall` prints; times of drawn
+keys are times of a model where the two curves agree.
+
+Caches are filled once, and each kind is built over them once: its build and its
+decode are of one index. What a graph needs of the prompt's queries, the nearest
+keys, is computed where a graph is among the kinds, and in its build's time
+alone.
 """
 
+import collections
+import dataclasses
 import functools
 import gc
 import statistics
 import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -15,12 +27,14 @@ from experiments import models
 from experiments.measure_retrieval import (
   Config,
   best_of,
-  found_by,
   kind_and_graphs,
+  searched,
 )
 from experiments.results import Row
 
-_CHUNK = 4096  # tokens that an append brings
+_CHUNK = 4096  # tokens that are drawn together
+_ASKING = 16  # tokens whose queries tell an effort's recall
+_MOST = 0.5  # share of keys scanned beyond which no effort is tried
 
 
 class Drawn:
@@ -63,6 +77,16 @@ class Drawn:
     """[1 count N H]."""
     return self._queries(np.int32(draw), count)
 
+  def layer(self, number: int, length: int):
+    """Queries, keys and values of a whole prompt."""
+    import jax.numpy as jnp
+
+    parts = []
+    for first in range(0, length, _CHUNK):
+      at, count = number * length + first, min(_CHUNK, length - first)
+      parts.append((self.queries(at, count), *self.tokens(at, count)))
+    return tuple(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True))
+
   def _draw_tokens(self, first, count: int):
     import jax
 
@@ -84,7 +108,32 @@ def _shape(config: Config):
   return model
 
 
+def speed(config: Config) -> Iterator[tuple[str, Row]]:
+  """(op, row) of each kind: its build, then its decode; `device` comes last.
+
+  Rows carry the bytes of the caches and, where the device counts them, those in
+  use and their peak since the process began: with `device` last, a peak before
+  it is that of filling, building and decoding with indexes alone.
+  """
+  kinds = [k for k in config.kinds if k != 'device']
+  if kinds:
+    filled = _Filled(config, kinds)
+    try:
+      for kind in kinds:
+        for op, row in _measured(config, kind, filled):
+          if op in config.ops:
+            yield op, row
+        gc.collect()
+    finally:
+      filled.release()
+    del filled
+    gc.collect()
+  if 'device' in config.kinds and 'decode' in config.ops:
+    yield 'decode', _decoded_dense(config)
+
+
 def _decode_part(config: Config, kind: str):
+  """With the third of the kind's efforts: what no `recall` is asked for."""
   from lcx.methods.retrieval import RetrievalDecode
 
   efforts = config.efforts.get(kind, (0,))
@@ -101,99 +150,236 @@ def _decode_part(config: Config, kind: str):
   )
 
 
-def _filled(config: Config, kind: str):
-  """(decode part, caches, states, seconds on device and in the host)."""
+class _Filled:
+  """The caches of all layers, and what the prompts' queries say.
+
+  Attributes:
+    caches: one a layer; whoever decodes leaves others, `rewound`.
+    rows: their host parts.
+    states: of a graph (True) and of other kinds (False): a `Near` a layer.
+    device_s: seconds that those took on the device.
+    asked: float32 [K M H] queries of the first layer, in none of the states.
+    wanted: numbers of the keys that they want, [K M top].
+  """
+
+  def __init__(self, config: Config, kinds: Sequence[str]):
+    import jax
+    import jax.numpy as jnp
+
+    from lcx.cache import CacheShape, Host
+
+    model, n = _shape(config), max(1, len(config.layers))
+    host = Host(slack=max(256, config.repeats + 2))
+    parts = {}
+    for kind in kinds:
+      part = _decode_part(config, kind)
+      part.check(model, config.length)
+      room = config.length + config.repeats + 64
+      host.check(model.replace(n_layers=n), room, 1, part)
+      parts.setdefault(part.index == 'graph', part)
+    self.drawn = Drawn(model, config.dtype, config.seed)
+    self.length = config.length
+    shape = CacheShape(
+      1, model.n_kv_heads, model.head_dim, config.length, dtype=config.dtype
+    )
+    at = jnp.arange(config.length, dtype=jnp.int32)[None]
+    fill = jax.jit(lambda c, k, v, p: c.append(k, v, p), donate_argnums=0)
+    self.caches: tuple[Any, ...] = ()
+    self.states = collections.defaultdict(list)
+    self.device_s = collections.Counter()
+    observe: dict[bool, Any] = {}
+    for layer in range(n):
+      q, k, v = self.drawn.layer(layer, config.length)
+      self.caches += (fill(host.init(shape), k, v, at),)
+      jax.block_until_ready((q, k, self.caches[-1].handles))
+      for graph, part in parts.items():
+        if graph not in observe:
+          observe[graph] = _observe(part, config.length).lower(q, k).compile()
+        begin = time.perf_counter()
+        near = jax.block_until_ready(observe[graph](q, k))
+        self.device_s[graph] += time.perf_counter() - begin
+        self.states[graph].append(near)
+    self.rows = [cache.rows()[0] for cache in self.caches]
+    self._owned = [cache.owned() for cache in self.caches]
+    self._rewind = jax.jit(
+      lambda c: c.truncate(jnp.full((1,), config.length, jnp.int32)),
+      donate_argnums=0,
+    )
+    asked = np.asarray(self.drawn.queries(10**6, _ASKING).astype('float32'))[0]
+    asked = asked.reshape(_ASKING, model.n_kv_heads, -1, model.head_dim)
+    asked = asked.swapaxes(0, 1)
+    self.asked = asked.reshape(model.n_kv_heads, -1, model.head_dim)
+    self.wanted = np.zeros((0,))
+
+  def rewound(self, caches) -> None:
+    """The caches after a decode, without what it brought."""
+    self.caches = tuple(self._rewind(cache) for cache in caches)
+
+  def want(self, top: int) -> np.ndarray:
+    """The keys of the first layer's indexes that `asked` want."""
+    if not self.wanted.size:
+      (first, stop), keys = self.rows[0].indexed, self.rows[0].k
+      self.wanted = np.stack(
+        [
+          best_of(q, k[first:stop].astype(np.float32), top) + first
+          for q, k in zip(self.asked, keys, strict=True)
+        ]
+      )
+    return self.wanted
+
+  def release(self) -> None:
+    for owned in self._owned:
+      owned()
+
+
+def _observe(part, length: int):
+  """A program of (q, k): what decode's part takes from a prompt of a layer."""
   import jax
   import jax.numpy as jnp
 
-  from lcx.cache import CacheShape, Host
   from lcx.methods.base import Axes, Context
 
-  model, part = _shape(config), _decode_part(config, kind)
-  part.check(model, config.length)
-  host = Host()
-  n = max(1, len(config.layers))
-  model_n = model.replace(n_layers=n)
-  host.check(model_n, config.length + config.repeats + 64, 1, part)
-  drawn = Drawn(model, config.dtype, config.seed)
-  shape = CacheShape(
-    1, model.n_kv_heads, model.head_dim, config.length, dtype=config.dtype
-  )
-
-  @functools.partial(jax.jit, donate_argnums=0)
-  def fill(cache, k, v, first):
-    at = first + jnp.arange(k.shape[1], dtype=jnp.int32)[None]
-    return cache.append(k, v, at)
-
   @jax.jit
-  def observe(q, k, lengths):
-    at = jnp.arange(config.length, dtype=jnp.int32)[None]
+  def observe(q, k):
+    at = jnp.arange(length, dtype=jnp.int32)[None]
     ctx = Context(
       positions=at,
       valid=at >= 0,
       source=at,
-      lengths=lengths,
+      lengths=jnp.full((1,), length, jnp.int32),
       layer=jnp.int32(0),
       key=jax.random.key(0),
-      room=config.length,
+      room=length,
       axes=Axes(),
     )
     return part.observe(q, k, k, lambda x, _: x, (), ctx)
 
+  return observe
+
+
+def _memory(caches) -> Row:
+  """Bytes of both tiers; of the device, where it says so."""
+  import jax
+
+  stats = jax.local_devices()[0].memory_stats() or {}
+  names = {'peak_bytes': 'peak_bytes_in_use', 'bytes_in_use': 'bytes_in_use'}
+  tiers = {'kv_bytes': 'device', 'host_bytes': 'host'}
+  return {
+    name: sum(sum(c.nbytes(tier).values()) for c in caches)
+    for name, tier in tiers.items()
+  } | {name: stats[of] for name, of in names.items() if of in stats}
+
+
+def _measured(config: Config, kind: str, filled: _Filled):
+  """(op, row) of a kind's build and decode."""
+  import jax
+
+  part = _decode_part(config, kind)
+  states = filled.states[part.index == 'graph']
+  device_s = filled.device_s[part.index == 'graph']
   start = jax.jit(lambda cache, state: part.start(cache, state))
-  caches, states, device_s, begin, compiled = [], [], 0.0, 0.0, None
-  for layer in range(n):
-    cache, keys = host.init(shape), []
-    for first in range(0, config.length, _CHUNK):
-      count = min(_CHUNK, config.length - first)
-      k, v = drawn.tokens(layer * config.length + first, count)
-      keys.append(k)
-      cache = fill(cache, k, v, jnp.int32(first))
-    q = drawn.queries(layer, config.length)
-    keys = jnp.concatenate(keys, axis=1)
-    lengths = jnp.full((1,), config.length, jnp.int32)
-    jax.block_until_ready((q, keys, cache.handles))
-    compiled = compiled or observe.lower(q, keys, lengths).compile()
-    begin = time.perf_counter()
-    near = jax.block_until_ready(compiled(q, keys, lengths))
-    device_s += time.perf_counter() - begin
-    caches.append(cache)
-    states.append(near)
+  start = start.lower(filled.caches[0], states[0]).compile()
   begin = time.perf_counter()
-  ready = [start(c, s) for c, s in zip(caches, states, strict=True)]
+  ready = [start(c, s) for c, s in zip(filled.caches, states, strict=True)]
   jax.block_until_ready(ready)
-  for cache in caches:
-    for row in cache.rows():
-      row.wait()
+  for row in filled.rows:
+    row.wait()
   host_s = time.perf_counter() - begin
-  return part, caches, ready, device_s, host_s
-
-
-def build(config: Config):
-  """Rows of the time until `layers` indexes answer."""
-  for kind in config.kinds:
-    if kind == 'device':
-      continue
-    _, caches, _, device_s, host_s = _filled(config, kind)
-    bytes_ = [c.nbytes('host') for c in caches]
-    for cache in caches:
-      cache.owned()()
-    yield {
+  yield (
+    'build',
+    {
       'kind': kind,
-      'layers': len(caches),
+      'layers': len(filled.caches),
       'ms': 1e3 * (device_s + host_s),
       'device_s': device_s,
       'host_s': host_s,
-      'host_bytes': sum(sum(b.values()) for b in bytes_),
     }
-    gc.collect()
+    | _memory(filled.caches),
+  )
+  if 'decode' not in config.ops:
+    return
+  found = _effort(config, kind, filled, part)
+  part = dataclasses.replace(part, effort=found['effort'])
+  size = _memory(filled.caches)
+  timed, caches = _timed(config, part, filled.caches, ready, filled.drawn)
+  filled.rewound(caches)
+  yield 'decode', {'kind': kind} | found | timed | size | {
+    k: v for k, v in _memory(()).items() if k == 'peak_bytes'
+  }  # fmt: skip
 
 
-def decode(config: Config):
-  """Rows of the time of a token's attention over `layers` layers."""
-  for kind in config.kinds:
-    yield _decoded_dense(config) if kind == 'device' else _decoded(config, kind)
-    gc.collect()
+def _effort(config: Config, kind: str, filled: _Filled, part) -> Row:
+  """The effort of a kind, and how recall and scan go with efforts."""
+  row, name = filled.rows[0], part.index
+  first, stop = row.indexed
+  if not row.indexes:  # a prompt so short that all of it is attended
+    return {'effort': 0, 'recall': 1.0, 'scanned': 1.0, 'curve': []}
+  want, curve = filled.want(config.top), {}
+
+  def measure(effort: int) -> tuple[float, float]:
+    if effort not in curve:
+      hits, shares = [], []
+      for index, ask, best in zip(row.indexes, filled.asked, want, strict=True):
+        _, got, share = searched(
+          index, name, ask, config.top, effort, stop - first
+        )
+        hits.append((best[:, :, None] == got[:, None, :]).any(2).mean())
+        shares.append(share)
+      curve[effort] = float(np.mean(hits)), float(np.mean(shares))
+    return curve[effort]
+
+  efforts = config.efforts.get(kind, (0,))
+  for effort in efforts:
+    measure(effort)
+  effort, reached = part.search(64).effort, None
+  if config.recall:
+    effort, reached = smallest_effort(measure, config.recall, efforts)
+  recall, scanned = measure(effort)
+  return {
+    'effort': effort,
+    'recall': recall,
+    'scanned': scanned,
+    'target': config.recall,
+    'reached': reached,
+    'curve': [[e, *curve[e]] for e in sorted(curve)],
+  }
+
+
+def smallest_effort(
+  measure: Callable[[int], tuple[float, float]],
+  target: float,
+  efforts: Sequence[int],
+) -> tuple[int, bool]:
+  """(the smallest effort with a recall of `target`, to a sixteenth; True).
+
+  (the largest that was tried, False), where half of the keys do not do.
+
+  Args:
+    measure: (recall, share scanned) of an effort; both grow with it.
+    target: a recall.
+    efforts: that are tried first; 0 alone: the kind has none.
+  """
+  low, high, effort = 0, None, 0
+  for effort in sorted(efforts):
+    if measure(effort)[0] >= target:
+      high = effort
+      break
+    low = effort
+  while high is None and effort and measure(effort)[1] < _MOST:
+    effort *= 2
+    if measure(effort)[0] >= target:
+      high = effort
+    else:
+      low = effort
+  if high is None:
+    return low, False
+  while high - low > max(1, high // 16):
+    middle = (low + high) // 2
+    if measure(middle)[0] >= target:
+      high = middle
+    else:
+      low = middle
+  return high, True
 
 
 def _context(lengths):
@@ -214,8 +400,8 @@ def _context(lengths):
   )
 
 
-def _timed(config: Config, part, caches, states, drawn) -> Row:
-  """Every layer attends one token, one after the other, in one program."""
+def _timed(config: Config, part, caches, states, drawn):
+  """(row, caches): every layer attends one token, in one program."""
   import jax
   import jax.numpy as jnp
 
@@ -264,11 +450,8 @@ def _timed(config: Config, part, caches, states, drawn) -> Row:
       from lcx.cache import host_calls
 
       raise RuntimeError(f'a row ended: {host_calls.last_error}')
-  for cache in caches:
-    if hasattr(cache, 'owned'):
-      cache.owned()()
   middle = {k: statistics.median(s[k] for s in seen[2:]) for k in seen[-1]}
-  return {
+  row: Row = {
     'layers': len(caches),
     'ms': statistics.median(times[2:]),
     'repeats_ms': times[2:],
@@ -277,33 +460,7 @@ def _timed(config: Config, part, caches, states, drawn) -> Row:
     'search_ms_all_threads': middle.get('search_us', 0.0) / 1e3,
     'counters': middle,
   }
-
-
-def _decoded(config: Config, kind: str) -> Row:
-  part, caches, ready, _, _ = _filled(config, kind)
-  drawn = Drawn(_shape(config), config.dtype, config.seed)
-  row = caches[0].rows()[0]
-  first, stop = row.indexed
-  group = drawn._model.n_heads // row.k.shape[0]
-  q = np.asarray(drawn.queries(10**6, 16).astype('float32'))[0]
-  hits = []
-  for head, index in enumerate(row.indexes):
-    ask = q[:, head * group : (head + 1) * group].reshape(-1, q.shape[2])
-    want = best_of(ask, row.k[head, first:stop].astype(np.float32), config.top)
-    _, got = found_by(index, ask, config.top, part.search(64).effort)
-    hits.append((want[:, :, None] + first == got[:, None, :]).any(2).mean())
-  device = sum(sum(c.nbytes().values()) for c in caches)
-  host = sum(sum(c.nbytes('host').values()) for c in caches)
-  timed = _timed(config, part, caches, ready, drawn)
-  return (
-    {'kind': kind, 'effort': part.search(64).effort}
-    | timed
-    | {
-      'recall': float(np.mean(hits)) if hits else 1.0,
-      'kv_bytes': device,
-      'host_bytes': host,
-    }
-  )
+  return row, caches
 
 
 def _decoded_dense(config: Config) -> Row:
@@ -329,10 +486,7 @@ def _decoded_dense(config: Config) -> Row:
       at = first + jnp.arange(count, dtype=jnp.int32)[None]
       cache = fill(cache, k, v, at)
     caches.append(cache)
-  device = sum(sum(c.nbytes().values()) for c in caches)
-  timed = _timed(config, DenseDecode(), caches, [()] * n, drawn)
-  return {'kind': 'device', 'effort': 0} | timed | {
-    'recall': 1.0,
-    'kv_bytes': device,
-    'host_bytes': 0,
-  }  # fmt: skip
+  timed, caches = _timed(config, DenseDecode(), caches, [()] * n, drawn)
+  return {'kind': 'device', 'effort': 0, 'recall': 1.0, 'scanned': 1.0} | (
+    timed | _memory(caches)
+  )

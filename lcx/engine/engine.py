@@ -15,6 +15,12 @@ from lcx.cache import CacheShape, HostCache, Shards, Status
 from lcx.cache.base import ROWS
 from lcx.cache.host_calls import host_fault
 from lcx.engine import steps
+from lcx.engine.generation import (
+  Generation,
+  counters,
+  density,
+  prefill_masses,
+)
 from lcx.engine.meter import Meter
 from lcx.engine.placement import NewKeys, Placement
 from lcx.engine.readings import Reading, Readings
@@ -55,31 +61,6 @@ class Session:
   sums: dict[str, np.ndarray]
   prefill_sums: dict[str, np.ndarray]
   shared_ms: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-  """One answer and what it cost.
-
-  `density` is keys attended over keys that dense attention attends: the smaller
-  of prefill's and decode's, since a method may make only one of them sparse.
-  """
-
-  tokens: list[int]
-  status: str
-  prompt_tokens: int
-  prefill_ms: float
-  decode_ms_per_token: float
-  keys_attended: float
-  density: float
-  prefill_density: float
-  decode_density: float
-  kv_bytes: int
-  host_bytes: int
-  peak_bytes: int | None
-  compilations: int
-  compile_s: float
-  counters: dict[str, float]
 
 
 class Engine:
@@ -241,7 +222,6 @@ class Engine:
     source = self._rows(source, 'seq')
     valid = self._rows(valid, 'seq')
     found = self._read(tokens, (positions, source, valid, lengths), last, room)
-    zeros = jax.tree.map(np.zeros_like, found.sums)
     session = Session(
       found.filled[0],
       found.filled[1],
@@ -250,7 +230,7 @@ class Engine:
       tail,
       (),
       read,
-      zeros,
+      {},  # decode may count other things
       found.sums,
       found.shared_ms,
     )
@@ -565,36 +545,33 @@ class Engine:
     self, session, row, tokens, status, length, prefill_ms, token_ms, meter
   ) -> Generation:
     read, spent = session.prefill_sums, session.sums
-
-    def density(sums):
-      pairs = float(sums['pairs'][row]) if 'pairs' in sums else 0.0
-      return float(sums['keys'][row]) / pairs if pairs else 1.0
-
     keys = float(spent['keys'][row]) if 'keys' in spent else 0.0
-    queries = to_host(session.lengths)[row] - session.prompt_lengths[row]
-    per = self.config.n_layers * self.config.n_heads * max(1, int(queries))
+    prompt = int(session.prompt_lengths[row])
+    queries = int(to_host(session.lengths)[row]) - prompt
+    each = self.config.n_layers * self.config.n_heads
+    densities = density(read, row), density(spent, row)
     size = {
       tier: sum(sum(c.nbytes(tier).values()) for c in session.caches)
       for tier in ('device', 'host')
     }
     stats = jax.local_devices()[0].memory_stats() or {}
-    skip = {'keys', 'pairs', 'mass'}
     return Generation(
       tokens=tokens,
       status=status,
       prompt_tokens=length,
       prefill_ms=prefill_ms,
       decode_ms_per_token=token_ms,
-      keys_attended=keys / per,
-      density=min(density(read), density(spent)),
-      prefill_density=density(read),
-      decode_density=density(spent),
+      keys_attended=keys / (each * max(1, queries)),
+      density=min(densities),
+      prefill_density=densities[0],
+      decode_density=densities[1],
       kv_bytes=size['device'],
       host_bytes=size['host'],
       peak_bytes=stats.get('peak_bytes_in_use'),
       compilations=meter.compilations,
       compile_s=meter.compile_s,
-      counters={k: float(v[row]) for k, v in spent.items() if k not in skip},
+      counters=counters(spent, row),
+      masses=prefill_masses(read, row, each * prompt),
     )
 
   def _ended(self, session: Session) -> list[str]:

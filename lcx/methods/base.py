@@ -166,7 +166,8 @@ class Trace:
     ids: what was selected (method-specific), or None.
     scores: their scores, or None.
     mass: float32 [B] captured softmax mass summed like `keys`, or None.
-    counters: named float32 [B] sums (cache hits, fallbacks), or empty.
+    counters: named float32 [B] sums (cache hits, fallbacks), or empty. Names
+      that end in `_mass` are of shares, summed like `mass`.
   """
 
   keys: Float[Array, 'B']

@@ -1,5 +1,6 @@
 """Votes against their definition; pruned lists against full ones."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,9 +12,13 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas.selected_token import token_scores
+from lcx import sharding
+from lcx.cache import CacheShape, Dense
+from lcx.methods.base import Context
 from lcx.select import chunk_grid, soft_vote
 from lcx.select.chunk_votes import chunk_stats, chunk_votes, votes_at_once
-from lcx.select.pruned_scoring import lost_votes, pruned_tokens
+from lcx.select.token_choice import choose_tokens
+from lcx.select.token_rules import ReuseRules
 from lcx.select.top_tokens import top_tokens, with_ends
 
 HEADS, KV_HEADS, DIM, LENGTH, PAGE = 4, 2, 8, 64, 8
@@ -168,80 +173,100 @@ def test_lists_ascend_without_a_gap(low, middle, tail, seed):
   assert listed(found[0], total[0]) == want
 
 
-@functools.partial(
-  jax.jit, static_argnames=('kind', 'n_best', 'scored', 'heads', 'scale')
-)
-def run_pruned(q, k, low, high, kind, n_best, scored, scale=1.0, heads='equal'):
-  low, high = jnp.atleast_1d(low), jnp.atleast_1d(high)
-  pages = k.reshape(1, KV_HEADS, -1, PAGE, DIM)
-
-  def read(index):
-    return jnp.take_along_axis(pages, index[:, None, :, None, None], axis=2)
-
-  return pruned_tokens(
-    soft_vote.voters(q, KV_HEADS, kind, heads),
-    read,
-    (pages.min(3), pages.max(3)),
-    low,
-    high,
-    page=PAGE,
-    scored=scored,
-    k=n_best,
-    kind=kind,
-    scale=scale,
+def choose_each(q, k, low, high, rules):
+  """What `choose_tokens` says of one row, by its scoring."""
+  shape = CacheShape(1, KV_HEADS, DIM, LENGTH, 'float32')
+  place = jnp.arange(LENGTH, dtype=jnp.int32)[None]
+  tokens = k.swapaxes(1, 2)
+  cache = Dense(page=PAGE, stats=True).init(shape)
+  cache = cache.append(tokens, tokens, place)
+  ctx = Context(
+    positions=place[:, -1:],
+    valid=jnp.ones((1, 1), bool),
+    source=place[:, -1:],
+    lengths=jnp.array([LENGTH]),
+    layer=jnp.int32(0),
+    key=jax.random.key(0),
+    trace=True,
   )
+
+  def by(scoring):
+    how = dataclasses.replace(rules, scoring=scoring)
+    return choose_tokens(q, cache, None, low, high, how, ctx)
+
+  return {scoring: by(scoring) for scoring in ('full', 'pruned', 'budget')}
+
+
+@functools.lru_cache
+def program(rules):
+  """`choose_each` where collectives have their axes."""
+  return jax.jit(
+    jax.shard_map(
+      functools.partial(choose_each, rules=rules),
+      mesh=sharding.make_mesh(1, 1, 1),
+      in_specs=P(),
+      out_specs=P(),
+      check_vma=False,
+    )
+  )
+
+
+def choose(q, k, low, high, kind, scored, heads='equal'):
+  """({scoring: its list}, whether pruning fell back, votes that budget lost).
+
+  What holds in every case: pruned is the full list, by its certificate or by
+  its fallback; and where it has a certificate, so is the pages' own list.
+  """
+  rules = ReuseRules(k=6, vote=kind, heads=heads, scored=scored)
+  ends = np.array([low], np.int32), np.array([high], np.int32)
+  found = jax.device_get(program(rules)(q, k, *ends))
+  lists = {s: listed(c.chosen[0], c.count[0]) for s, c in found.items()}
+  fell_back = found['pruned'].fell_back[0]
+  assert fell_back in (0, 1)
+  assert lists['pruned'] == lists['full']
+  assert len(lists['full']) == min(6, high - low)
+  if not fell_back:
+    assert lists['budget'] == lists['full']
+  lost = found['budget'].lost[0]
+  assert -1e-5 <= lost <= 1 + 1e-5
+  return lists, bool(fell_back), lost
 
 
 @given(
   seed=st.integers(0, 10**6),
   kind=st.sampled_from(['top_k', 'soft']),
   spread=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
-  scored=st.sampled_from([8, 16, 32, 64]),
+  scored=st.sampled_from([8, 32, 64]),
   heads=st.sampled_from(soft_vote.HEADS),
   low=st.integers(0, 10),
   high=st.integers(12, LENGTH),
 )
-def test_a_certified_list_is_the_full_list(
+def test_a_pruned_list_is_the_full_list(
   seed, kind, spread, scored, heads, low, high
 ):
   q, k = draw(seed, spread=spread)
-  q = 6 * q
-  found = run_pruned(q, k, low, high, kind, 6, scored, heads=heads)
-  votes = all_votes(
-    q,
-    k,
-    jnp.array([low]),
-    jnp.array([high]),
-    kind=kind,
-    n_best=6,
-    heads=heads,
-  )
-  whole = top_tokens(votes, 6)
-  if bool(found.certain[0]):
-    assert listed(found.chosen[0], found.count[0]) == listed(
-      whole[0][0], whole[1][0]
-    )
-  lost = float(lost_votes(votes, found.chosen, 6)[0])
-  assert -1e-5 <= lost <= 1 + 1e-5
+  _, fell_back, lost = choose(6 * q, k, low, high, kind, scored, heads)
   if scored == LENGTH:  # every page was scored
-    assert bool(found.certain[0]) and lost < 1e-5
+    assert not fell_back and lost < 1e-5
 
 
 @pytest.mark.parametrize('kind', ['top_k', 'soft'])
 def test_certificates_are_given_where_pages_are_alike(kind):
-  """Else the test above would be empty."""
-  given_out = 0
+  """Else the test above would say nothing of them."""
+  fell_back = 0
   for seed in range(20):
     q, k = draw(seed, spread=0.02)
-    given_out += bool(run_pruned(6 * q, k, 0, LENGTH, kind, 6, 32).certain[0])
-  assert given_out >= 5
+    fell_back += choose(6 * q, k, 0, LENGTH, kind, 32)[1]
+  assert 1 <= fell_back <= 15  # and both ways were gone
 
 
-def test_a_key_that_bounds_hide_falls_back():
-  """The best token stands in a page that was not scored: no certificate."""
+@pytest.mark.parametrize('kind', ['top_k', 'soft'])
+def test_a_key_that_bounds_hide_falls_back(kind):
+  """The best tokens stand in pages that were not scored: no certificate."""
   q, k = draw(3, spread=1.0)
-  found = run_pruned(q, k, 0, LENGTH, 'soft', 6, 8)
-  assert not bool(found.certain[0])
+  lists, fell_back, lost = choose(q, k, 0, LENGTH, kind, 8)
+  assert fell_back and lost > 0.1
+  assert lists['budget'] != lists['pruned']
 
 
 @pytest.mark.xdist_group('mesh')
