@@ -7,8 +7,9 @@ Arguments: `method=NAME` (that method beside dense), `length=N`, `samples=N`,
 `--config.model=PATH` takes any Hugging Face folder or GGUF file.
 
 Both protocols: the context first, then the question through the decode path;
-and the whole prompt at once. Keys attended and captured softmax mass (exact,
-over sampled queries) stand beside every score.
+and the whole prompt at once. Density stands beside every score; beside those of
+who selects blocks, captured softmax mass of the prefill (exact, over sampled
+queries), the selector's own estimate of it, and what the width cut off.
 """
 
 from typing import Any
@@ -36,7 +37,9 @@ def get_config(arg=''):
   if not arg.method and not arg.smoke:
     rows |= sweep()
   if arg.smoke and not arg.method:
-    rows = {name: rows[name] for name in ('dense', 'snapkv', 'xattention')}
+    # Attention of random weights is flat: a threshold would leave out nothing.
+    few = {'prefill': {'threshold': None, 'density': 0.25} | SELECT}
+    rows = {'dense': {}, 'snapkv': rows['snapkv'], 'xattention': few}
   config.methods = common.methods(arg.method, rows)
   config.tasks = common.table({'niah_single_2': {}, 'niah_multikey_1': {}})
   config.lengths = (arg.length,) if arg.length else (2048, 4096, 8192)

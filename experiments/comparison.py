@@ -55,8 +55,9 @@ class Line:
     score: mean, 0 to 1; None where nothing was scored.
     difference: to dense; None for dense itself and where dense is absent.
     density: mean share of keys attended.
+    mass: mean captured softmax mass of the prefill; None where it is not known.
     degenerate: the marked rows' share.
-    keys: mean of keys attended.
+    keys: mean of keys that a query of decode attended.
     kv_bytes: mean bytes of keys and values on the device.
     host_bytes: mean bytes on the host.
     prefill_ms: median.
@@ -74,6 +75,7 @@ class Line:
   score: float | None
   difference: Difference | None
   density: float | None
+  mass: float | None
   degenerate: float
   keys: float | None
   kv_bytes: float | None
@@ -188,6 +190,7 @@ def _lines(rows, model, protocol, task, length) -> Iterable[Line]:
       score=_mean(statistics.fmean(s.values()) for s in own.values()),
       difference=paired(own, dense) if method != BASELINE else None,
       density=_mean(r['density'] for r in good),
+      mass=_mean(r.get('prefill_captured_mass') for r in good),
       degenerate=_mean(float(r['degenerate']) for r in members) or 0.0,
       keys=_mean(r['keys_attended'] for r in good),
       kv_bytes=_mean(r['kv_bytes'] for r in good),

@@ -36,8 +36,12 @@ NOTES = (
   'samples with a higher/lower score than dense. An interval of no width says '
   'that all pairs differ equally, not that the difference is certain; below '
   'ten pairs read it as a sketch.',
-  'density: keys attended over keys that dense causal attention would attend, '
-  'prefill and decode together.',
+  'decode keys: keys that a query of decode (answer, question read apart) '
+  'attended, a mean over layers and query heads; the prompt is not counted.',
+  'density: keys attended over keys that dense causal attention would attend: '
+  "the smaller of prefill's and decode's.",
+  'captured mass: softmax mass of the keys that prefill attended, of all keys '
+  "it could have: a mean over sampled queries; '-' where it was not traced.",
   'degenerate (!): a method other than dense that attended more than half of '
   'the keys; its score says little about sparsity.',
   'failed: rows without a score (NaN, out of pages); the same command tries '
@@ -93,8 +97,9 @@ def _cost(lines: Sequence[Line]) -> list[list[str]]:
     [
       'length',
       'method',
-      'keys attended',
+      'decode keys',
       'density',
+      'captured mass',
       'KV MiB',
       'host MiB',
       'prefill ms',
@@ -108,12 +113,15 @@ def _cost(lines: Sequence[Line]) -> list[list[str]]:
         _method(line),
         _number(line.keys, 0),
         _number(line.density, 3),
+        _number(line.mass, 3),
         _number(None if line.kv_bytes is None else line.kv_bytes / _MIB, 2),
         _number(None if line.host_bytes is None else line.host_bytes / _MIB, 2),
         _number(line.prefill_ms, 1),
         _number(line.decode_ms, 2),
       ]
     )
+  if all(line.mass is None for line in lines):
+    table = [[*row[:4], *row[5:]] for row in table]
   return table
 
 

@@ -101,6 +101,27 @@ def test_smoke(path, tmp_path, forks):
   print(json.dumps([args, str(log), LIMIT]), file=forks.stdin, flush=True)
   code = forks.stdout.readline()
   assert code == '0\n', f'exit code {code}{log.read_text()[-2000:]}'
+  if path.stem == 'selectors':
+    check_captured_mass_stands_beside_density(tmp_path / 'run')
+
+
+def check_captured_mass_stands_beside_density(run):
+  """Of who selects, and no number of who does not."""
+  lines = (run / 'results.jsonl').read_text().splitlines()
+  rows = {row['method']: row for row in map(json.loads, lines)}
+  masses = {
+    method: {k: v for k, v in row.items() if k.endswith('_mass')}
+    for method, row in rows.items()
+  }
+  assert masses['dense'] == masses['snapkv'] == {}
+  found = masses['xattention']
+  assert found.pop('prefill_cut_mass') == 0
+  assert list(found) == ['prefill_captured_mass', 'prefill_estimated_mass']
+  assert rows['xattention']['prefill_density'] < 1
+  assert all(0.5 < mass <= 1 for mass in found.values())
+  table = (run / 'report.md').read_text()
+  assert '| density | captured mass |' in table
+  assert f'| {found["prefill_captured_mass"]:.3f} |' in table
 
 
 def check_command_line_and_resumed_by_the_real_engine(quickstart, tmp_path):
