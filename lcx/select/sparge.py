@@ -75,7 +75,8 @@ def sparge(
       and gathered: 4 K S H / block_k bytes.
 
   Returns:
-    The lists, the captured share of P and what the width cut off.
+    The lists, the captured share of P and what the width cut off; where no
+    block is similar, P says nothing, and blocks count alike.
 
   Raises:
     ValueError: a budget outside (0, 1], a similarity outside [-1, 1], a width
@@ -157,10 +158,12 @@ def sparge(
     if threshold is not None:
       rule['threshold'] = jnp.where(similar[..., None], threshold, 1.0)
     chosen = choose(score, limit=jnp.minimum(budget, width), **rule)
-    captured = share(score, chosen)
+    mute = ~jnp.any(reachable & trusted, axis=-1, keepdims=True)
+    mass = jnp.where(mute, reachable.astype(score.dtype), score)
+    captured = share(mass, chosen)
     cut = jnp.zeros_like(captured)
     if width < sb:
-      whole = share(score, choose(score, limit=budget, **rule))
+      whole = share(mass, choose(score, limit=budget, **rule))
       cut = jnp.maximum(whole - captured, 0.0)
     return Chunk(*to_list(chosen, width), captured, cut)
 

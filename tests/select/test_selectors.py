@@ -240,6 +240,20 @@ def test_the_width_bound_holds_and_reports_what_it_cut(name):
   np.testing.assert_allclose(total, np.asarray(want.captured), atol=1e-5)
 
 
+@pytest.mark.parametrize('width', [16, 4])
+def test_sparge_counts_blocks_where_no_mean_is_trusted(width):
+  """Everything is listed then, and not 0 of its mass captured."""
+  q, k = draw(14)
+  found = select('sparge', q, k, width=width, similarity=1.0)
+  count = np.asarray(found.blocks.count)
+  alive = count > 0
+  causal = np.minimum(np.arange(16), (np.array(LENGTHS)[:, None] - 1) // 16) + 1
+  share = np.minimum(causal, width)[:, None] / causal[:, None]
+  share = np.broadcast_to(share, count.shape)[alive]
+  np.testing.assert_allclose(found.captured[alive], share, rtol=1e-5)
+  np.testing.assert_allclose(found.cut[alive], 1 - share, atol=1e-5)
+
+
 @EVERY
 def test_short_rows_list_everything(name):
   q, k = draw(7)
