@@ -27,7 +27,7 @@ def get_config(arg=''):
   config.ops = (arg.op,) if arg.op else ('build', 'decode')
   config.kinds = ('graph', 'ivf', 'hnsw', 'flat', 'device')
   config.efforts = {
-    'graph': (50, 100, 200, 400, 800),
+    'graph': (100, 150, 200, 400, 800),
     'hnsw': (100, 200, 400, 800, 1600),
     'ivf': (32, 64, 128, 256),
     'flat': (0,),

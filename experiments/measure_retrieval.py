@@ -97,6 +97,8 @@ class Config:
     for name in ('length', 'top', 'asked', 'repeats'):
       if getattr(self, name) < 1:
         raise ValueError(f'config.{name}={getattr(self, name)}: at least 1')
+    if self.repeats > 4000:
+      raise ValueError(f'config.repeats={self.repeats}: at most 4000')
     if not 0 <= self.recall <= 1:
       raise ValueError(f'config.recall={self.recall} must be from 0 to 1')
 

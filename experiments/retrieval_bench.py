@@ -32,7 +32,7 @@ from experiments.measure_retrieval import (
 )
 from experiments.results import Row
 
-_CHUNK = 4096  # tokens that are drawn together
+_CHUNK = 4096  # tokens that are drawn together, and that an append brings
 _ASKING = 16  # tokens whose queries tell an effort's recall
 _MOST = 0.5  # share of keys scanned beyond which no effort is tried
 
@@ -52,8 +52,9 @@ class Drawn:
 
     self._model, self._dtype = model, dtype
     self._key = jax.random.key(seed)
-    self._tokens = jax.jit(self._draw_tokens, static_argnums=1)
-    self._queries = jax.jit(self._draw_queries, static_argnums=1)
+    # Of one size each, cut to what is asked for: they compile for seconds.
+    self._tokens = jax.jit(self._draw_tokens)
+    self._queries = jax.jit(self._draw_queries)
 
   def _mixture(self, which: int, draw, shape, heads: int, n: int):
     import jax
@@ -70,12 +71,13 @@ class Drawn:
     return x + width[:, 0] * jax.random.normal(b, x.shape)
 
   def tokens(self, first: int, count: int):
-    """Keys and values [1 count K H]."""
-    return self._tokens(np.int32(first), count)
+    """Keys and values [1 count K H], of at most 4096 tokens."""
+    k, v = self._tokens(np.int32(first))
+    return k[:, :count], v[:, :count]
 
   def queries(self, draw: int, count: int):
-    """[1 count N H]."""
-    return self._queries(np.int32(draw), count)
+    """[1 count N H], alike."""
+    return self._queries(np.int32(draw))[:, :count]
 
   def layer(self, number: int, length: int):
     """Queries, keys and values of a whole prompt."""
@@ -87,16 +89,16 @@ class Drawn:
       parts.append((self.queries(at, count), *self.tokens(at, count)))
     return tuple(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True))
 
-  def _draw_tokens(self, first, count: int):
+  def _draw_tokens(self, first):
     import jax
 
-    k = self._mixture(0, first, (1, count), self._model.n_kv_heads, 64)
+    k = self._mixture(0, first, (1, _CHUNK), self._model.n_kv_heads, 64)
     key = jax.random.fold_in(self._key, first + 7)
     v = jax.random.normal(key, k.shape)
     return k.astype(self._dtype), v.astype(self._dtype)
 
-  def _draw_queries(self, draw, count: int):
-    q = self._mixture(1, draw, (1, count), self._model.n_heads, 32)
+  def _draw_queries(self, draw):
+    q = self._mixture(1, draw, (1, _CHUNK), self._model.n_heads, 32)
     return (1.5 * (q + self._OFFSET)).astype(self._dtype)
 
 
@@ -136,7 +138,7 @@ def _decode_part(config: Config, kind: str):
   """With the third of the kind's efforts: what no `recall` is asked for."""
   from lcx.methods.retrieval import RetrievalDecode
 
-  efforts = config.efforts.get(kind, (0,))
+  efforts = _efforts(config, kind)
   name, graphs = kind_and_graphs(kind)
   return RetrievalDecode(
     top=config.top,
@@ -148,6 +150,15 @@ def _decode_part(config: Config, kind: str):
     neighbours=config.neighbours,
     degree=config.degree,
   )
+
+
+def _efforts(config: Config, kind: str) -> tuple[int, ...]:
+  """Those of the kind, in order; 0 alone: its default, if it has any at all."""
+  name, _ = kind_and_graphs(kind)
+  efforts = config.efforts.get(kind, config.efforts.get(name, (0,)))
+  if name in ('graph', 'hnsw'):  # a search for `top` keys takes that many
+    efforts = (max(e, config.top) if e else 0 for e in efforts)
+  return tuple(sorted(set(efforts)))
 
 
 class _Filled:
@@ -328,12 +339,13 @@ def _effort(config: Config, kind: str, filled: _Filled, part) -> Row:
       curve[effort] = float(np.mean(hits)), float(np.mean(shares))
     return curve[effort]
 
-  efforts = config.efforts.get(kind, (0,))
-  for effort in efforts:
-    measure(effort)
   effort, reached = part.search(64).effort, None
+  efforts = tuple(e or effort for e in _efforts(config, kind))
+  for each in efforts:
+    measure(each)
   if config.recall:
-    effort, reached = smallest_effort(measure, config.recall, efforts)
+    least = config.top if name in ('graph', 'hnsw') else 1
+    effort, reached = smallest_effort(measure, config.recall, efforts, least)
   recall, scanned = measure(effort)
   return {
     'effort': effort,
@@ -349,6 +361,7 @@ def smallest_effort(
   measure: Callable[[int], tuple[float, float]],
   target: float,
   efforts: Sequence[int],
+  least: int = 1,
 ) -> tuple[int, bool]:
   """(the smallest effort with a recall of `target`, to a sixteenth; True).
 
@@ -358,8 +371,9 @@ def smallest_effort(
     measure: (recall, share scanned) of an effort; both grow with it.
     target: a recall.
     efforts: that are tried first; 0 alone: the kind has none.
+    least: the smallest that there is.
   """
-  low, high, effort = 0, None, 0
+  low, high, effort = least - 1, None, 0
   for effort in sorted(efforts):
     if measure(effort)[0] >= target:
       high = effort
@@ -434,14 +448,17 @@ def _timed(config: Config, part, caches, states, drawn):
     return tuple(total), out, sums
 
   times, seen = [], []
-  caches = tuple(caches)
-  for i in range(config.repeats + 2):
-    q = drawn.queries(1000 + i, 1)
-    k, v = drawn.tokens(10**6 + i, 1)
+  # As the step returns them; else its second call compiles again.
+  place = jax.sharding.NamedSharding(sharding.make_mesh(), spec)
+  caches, states = jax.device_put((tuple(caches), tuple(states)), place)
+  n = config.repeats + 2
+  q_of, (k_of, v_of) = drawn.queries(2 * 10**6, n), drawn.tokens(10**6, n)
+  for i in range(n):
+    q, k, v = (x[:, i : i + 1] for x in (q_of, k_of, v_of))
     lengths = jnp.full((1,), config.length + i, jnp.int32)
     jax.block_until_ready((q, k, v))
     begin = time.perf_counter()
-    caches, out, sums = step(caches, tuple(states), q, k, v, lengths)
+    caches, out, sums = step(caches, states, q, k, v, lengths)
     if not np.isfinite(float(out)):  # waits
       raise RuntimeError('the attention is not finite')
     times.append(1e3 * (time.perf_counter() - begin))

@@ -1,10 +1,17 @@
 """The retrieval benchmark: what its numbers mean, what it refuses."""
 
+import collections
+
+import jax
 import numpy as np
 import pytest
 
 from experiments import measure_retrieval, retrieval_bench
+from lcx.cache import host_calls
+from lcx.cache.host_row import Row
+from lcx.methods import retrieval
 from lcx.models.presets import PRESETS
+from lcx.select.vector_index import has_faiss
 
 
 @pytest.mark.parametrize(
@@ -33,6 +40,76 @@ def test_drawn_tokens_do_not_depend_on_other_draws():
   k = k[0].reshape(-1, k.shape[-1])
   far = [np.linalg.norm(x - k.mean(0), axis=1).mean() for x in (q, k)]
   assert far[0] > 1.3 * far[1]
+
+
+@pytest.mark.parametrize(
+  ('of', 'efforts', 'least', 'want'),
+  [
+    (lambda e: (e / 1000, e / 4000), (100, 200, 400), 1, (900, 960, True)),
+    (lambda e: (1.0, e / 4000), (100, 200), 100, (100, 100, True)),
+    (lambda e: (e / 1000, e / 4000), (950,), 900, (900, 950, True)),
+    (lambda e: (0.6, e / 1000), (100, 200), 1, (800, 800, False)),
+    (lambda e: (0.99, 1.0), (0,), 1, (0, 0, True)),
+    (lambda e: (0.5, 1.0), (0,), 1, (0, 0, False)),
+  ],
+)
+def test_the_smallest_effort_of_a_recall(of, efforts, least, want):
+  asked = []
+
+  def measure(effort):
+    asked.append(effort)
+    return of(effort)
+
+  effort, reached = retrieval_bench.smallest_effort(
+    measure, 0.9, efforts, least
+  )
+  assert want[0] <= effort <= want[1] and reached == want[2]
+  assert min(asked) >= min(least, *efforts) and len(set(asked)) < 12
+
+
+@pytest.mark.skipif(not has_faiss(), reason="needs faiss: 'lcx[index]'")
+def test_a_pass_a_kind_over_caches_that_are_filled_once(monkeypatch):
+  """IVF and flat: no nearest keys of the prompt.
+
+  The step is left out: a config's smoke has it.
+  """
+  calls = collections.Counter()
+
+  def counted(owner, name):
+    whole = getattr(owner, name)
+
+    def call(*args, **kw):
+      calls[name] += 1
+      return whole(*args, **kw)
+
+    monkeypatch.setattr(owner, name, call)
+
+  counted(retrieval_bench.Drawn, 'layer')
+  counted(retrieval, 'nearest')
+  counted(Row, 'build')
+  monkeypatch.setattr(
+    retrieval_bench, '_timed', lambda config, part, caches, *_: ({}, caches)
+  )
+  held = host_calls.held_bytes()
+  jax.config.update('jax_disable_most_optimizations', True)
+  config = measure_retrieval.Config(
+    'preset:tiny', 1024, ('ivf', 'flat'), ('build', 'decode'), layers=(0,),
+    efforts={'ivf': (1, 2), 'flat': (0,)}, recall=0.95, top=20, queries=64,
+    repeats=1, dtype='float32',
+  )  # fmt: skip
+  rows = list(retrieval_bench.speed(config))
+  assert [(op, r['kind']) for op, r in rows] == [
+    ('build', 'ivf'), ('decode', 'ivf'), ('build', 'flat'), ('decode', 'flat')
+  ]  # fmt: skip
+  assert calls == {'layer': 1, 'nearest': 1, 'build': 2}  # held-out ones' only
+  ivf, flat = rows[1][1], rows[3][1]
+  assert ivf['reached'] and ivf['recall'] >= 0.95
+  assert [ivf['effort'], ivf['recall'], ivf['scanned']] in ivf['curve']
+  assert ivf['curve'] == sorted(ivf['curve']) and ivf['effort'] > 2
+  assert flat['scanned'] == 1.0 and flat['recall'] > 0.95
+  for _, row in rows:
+    assert row['host_bytes'] > 2 * 1024 * 2 * 4 and row['kv_bytes'] > 0
+  assert host_calls.held_bytes() == held
 
 
 def test_what_cannot_be_measured_is_refused():
