@@ -249,7 +249,7 @@ def choose(q, k, low, high, kind, scored, heads='equal'):
   high=st.integers(12, LENGTH),
 )
 def test_a_pruned_list_is_the_full_list(seed, kind, scored, low, high):
-  spread = np.resize([0.0, 0.05, 0.1, 0.3, 1.0], (ROWS, 1, 1, 1, 1))
+  spread = np.resize([0.0, 0.02, 0.1, 0.3, 1.0], (ROWS, 1, 1, 1, 1))
   q, k = draw(seed, spread=spread, batch=ROWS)
   vote, heads = kind
   fell_back, lost = choose(6 * q, k, low, high, vote, scored, heads)
