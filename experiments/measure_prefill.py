@@ -389,9 +389,9 @@ class Bench:
         layer=context.layer,
         learned=context.learned,
       )
-      first = jnp.arange(hosts)
-      copied = jnp.full((hosts,), anchor)
-      chosen = part._select(found, first, copied, passing)
+      barred = jnp.where(jnp.arange(hosts) == 0, anchor, 0)
+      count = jnp.full((hosts,), passing)
+      chosen = part._select(found, barred, count, passing)
       chosen = jnp.concatenate(chosen, -1)  # as they would travel
       return chosen.reshape(1, -1, *chosen.shape[2:])
 

@@ -2,9 +2,10 @@
 
 Huang et al., "APB: accelerating distributed long-context inference by passing
 compressed context blocks across GPUs", arXiv:2502.12085, Algorithm 1. The
-document is cut over hosts. Each host holds [anchor | local]: the anchor is the
-system prompt, the question and the document's start; the local block is its
-piece. A layer does:
+document is cut over hosts, each row's by its own length (lcx/methods/
+apb_blocks.py). Each host holds [anchor | local]: the anchor is the system
+prompt, the question and the document's start; the local block is its piece. A
+layer does:
 
   1. score the local keys, keep the best `passing` a kv head (compressor),
   2. send them to the later hosts,
@@ -14,8 +15,8 @@ piece. A layer does:
 
 The question then runs through the decode path, exactly, over all hosts' caches.
 
-With the passing blocks rolled so that earlier hosts' stand last, what a row
-sees is one interval of [passing | anchor | local].
+With the passing blocks of earlier hosts packed right before the anchor, what a
+row sees is one interval of [passing | anchor | local].
 
 Bytes that a device receives a layer, the mean of P devices, L_h hosts each,
 e bytes an element, S = L_h * 2 * B * passing * K * H * e (all that one device
@@ -42,7 +43,7 @@ them runs on any number of devices.
 
 import dataclasses
 import functools
-from typing import Literal, NamedTuple, get_args
+from typing import ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +53,8 @@ from kernels_pallas.block_sparse import block_sparse
 from kernels_pallas.partial import Partial, merge
 from kernels_pallas.passing_block import passing_block
 from lcx import cache as caches
+from lcx.methods import apb_blocks
+from lcx.methods.apb_blocks import EVERY_TOKEN, PAGE, Order, Widths
 from lcx.methods.base import (
   Context,
   Layout,
@@ -69,9 +72,7 @@ from lcx.select.block_rows import check_budget
 from lcx.select.compressors import COMPRESSORS, Block
 from lcx.select.xattention import xattention
 
-Order = Literal['contiguous', 'zigzag']
 Exchange = Literal['gather', 'forward']
-EVERY_TOKEN = -1  # passing: all of a block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +82,11 @@ class ApbPrefill(Prefill):
   Attributes:
     hosts: pieces of the document; a multiple of the mesh's seq axis.
     anchor: tokens of the anchor, the question's included; None: a quarter of
-      a block (table 8 of the paper); 0 is legal, too.
-    passing: keys that a host passes on, a kv head; None: an eighth of a block;
-      EVERY_TOKEN: all (exact, where the anchor holds no question).
+      the row's block (table 8 of the paper); 0 is legal, too. Cut to the block.
+    passing: keys that a host passes on, a kv head; None: an eighth of the row's
+      block; EVERY_TOKEN: all (exact, where the anchor holds no question). Of
+      prompts shorter than the capacity, cut to what a block has beside the
+      anchor; refused where the longest has not so many.
     compressor: a name of `COMPRESSORS`.
     query_in_anchor: whether the question is embedded in the anchor.
     shared_anchor: anchor rows are spread over the hosts, computed once, and
@@ -122,6 +125,8 @@ class ApbPrefill(Prefill):
   heads: str = ''
   crossover: int = -1
 
+  measured_as: ClassVar[str] = 'apb'  # in the policy file
+
   def at_full_budget(self, length: int) -> 'ApbPrefill | None':
     del length
     return dataclasses.replace(
@@ -136,7 +141,7 @@ class ApbPrefill(Prefill):
   def alone_below(self, config, devices: str) -> int:
     if self.crossover >= 0:
       return self.crossover
-    return measured('prefill', 'apb', config, devices)
+    return measured('prefill', self.measured_as, config, devices)
 
   def learned(self, config):
     if self.compressor != 'retaining_head':
@@ -153,8 +158,7 @@ class ApbPrefill(Prefill):
   def check(self, config, capacity: int) -> None:
     if self.hosts < 1:
       raise ValueError(f'hosts={self.hosts} must be at least 1')
-    if self.order not in get_args(Order):
-      raise ValueError(f'order={self.order!r} must be one of {get_args(Order)}')
+    apb_blocks.check_order(self.order)
     if self.exchange not in get_args(Exchange):
       raise ValueError(
         f'exchange={self.exchange!r} must be one of {get_args(Exchange)}'
@@ -173,8 +177,7 @@ class ApbPrefill(Prefill):
         'configs/train_retaining_head.py'
       )
     self.learned(config)
-    whole = 128 * self.hosts
-    self.sizes(-(-capacity // whole) * whole)
+    self._check_passing(capacity)
     if config.sliding_window is not None:
       raise ValueError(
         f"sliding_window={config.sliding_window}: the model's own window and "
@@ -197,96 +200,57 @@ class ApbPrefill(Prefill):
       )
     return self.hosts
 
-  def sizes(self, room: int) -> tuple[int, int, int, int]:
-    """(block, anchor, anchor rows a host, passing) for a padded prompt.
+  def misfit(self, cache) -> str | None:
+    if self.hosts == 1 or PAGE % cache.page == 0:
+      return None
+    return (
+      f'cache.page={cache.page} must divide {PAGE}: hosts hold whole pages of '
+      'so many tokens'
+    )
 
-    Raises:
-      ValueError: the passing length exceeds what a host has left to pass.
-    """
-    block = room // self.hosts
-    if self.hosts == 1:  # nobody to pass to, nobody who lacks the start
-      return block, 0, 0, 0
-    anchor = block // 4 if self.anchor is None else self.anchor
-    anchor = min(anchor, block)
-    anchor -= anchor % self.hosts if self.shared_anchor else 0
-    rows = anchor // self.hosts if self.shared_anchor else anchor
-    passing = block // 8 if self.passing is None else self.passing
-    if passing == EVERY_TOKEN:
-      passing = block
-    elif self.passing is None:
-      passing = min(passing, block - anchor)
-    elif passing > block - anchor:
+  def _check_passing(self, capacity: int) -> None:
+    """Refuses a passing length that no prompt of this capacity leaves."""
+    block = int(apb_blocks.cut(capacity, self.hosts)[1][0])
+    anchor, passing = self._budgets(block)
+    if self.hosts > 1 and (self.passing or 0) > passing:
       raise ValueError(
-        f'passing={passing} exceeds the {block - anchor} tokens that a host '
+        f'passing={self.passing} exceeds the {passing} tokens that a host '
         f'of {block} with an anchor of {anchor} has to pass: shorten it'
       )
-    return block, anchor, rows, passing
+
+  def _budgets(self, block, xp=np):
+    """(anchor, passing) of rows whose longest block is `block`."""
+    return apb_blocks.budgets(
+      block, self.hosts, self.anchor, self.passing, self.shared_anchor, xp
+    )
+
+  def sizes(self, room: int) -> Widths:
+    """Shapes of a padded prompt; what rows fill of them is their own."""
+    block = room // self.hosts
+    anchor, passing = map(int, self._budgets(block))
+    rows = anchor // self.hosts if self.shared_anchor else anchor
+    return Widths(block, anchor, rows, passing)
 
   def _hosts_in_order(self, shards: int) -> np.ndarray:
-    """[shards H/shards] which hosts a device plays."""
-    hosts = np.arange(self.hosts)
-    if self.order == 'contiguous' or self.hosts == shards:
-      return hosts.reshape(shards, -1)
-    if self.hosts % (2 * shards):
-      raise ValueError(
-        f"order='zigzag' needs hosts={self.hosts} to be a multiple of twice "
-        f'the mesh axis seq={shards}'
-      )
-    chunks = hosts.reshape(2 * shards, -1)
-    return np.concatenate([chunks[:shards], chunks[: shards - 1 : -1]], axis=1)
+    return apb_blocks.hosts_in_order(self.hosts, self.order, shards)
 
   def layout(
     self, prompt: Prompt, question: int | None, room: int, shards: int
   ) -> Layout:
-    document = prompt.whole(None)
     if self.hosts > 1 and self.compressor == 'query' and question is None:
       raise ValueError(
         "compressor='query' scores keys by the question, but the prompt is "
         "read without one: take compressor='snapkv', or the protocol 'whole'"
       )
-    block, anchor, rows, _ = self.sizes(room)
-    index = np.arange(room).reshape(self.hosts, block)
-    local = np.where(index < len(document), index, -1)
-    copies = self._anchor(prompt, question, anchor)
-    whole = np.concatenate([document, prompt.question(question)])
-    # Room for the anchor where the document is shorter than it.
-    copies = np.where(copies < len(whole), copies, -1)
-    if self.shared_anchor:
-      ahead = copies.reshape(self.hosts, rows)
-      places = np.arange(anchor).reshape(self.hosts, rows)
-    else:
-      ahead = np.tile(copies, (self.hosts, 1))
-      places = np.tile(np.arange(anchor), (self.hosts, 1))
-    token = np.concatenate([ahead, local], axis=1)
-    source = np.concatenate([np.where(ahead < 0, -1, -2 - ahead), local], 1)
-    positions = np.concatenate([places, index], axis=1)
-    order = self._hosts_in_order(shards).reshape(-1)
-
-    def flat(x, dtype=np.int32):
-      return x[order].reshape(-1).astype(dtype)
-
-    return Layout(
-      np.where(flat(token) < 0, 0, whole[np.maximum(flat(token), 0)]).astype(
-        np.int32
-      ),
-      flat(positions),
-      flat(source),
-      flat(token >= 0, bool),
-    )
-
-  def _anchor(self, prompt: Prompt, question, anchor: int) -> np.ndarray:
-    """Indices [anchor] into document + question: system, question, start."""
     document = len(prompt.system) + len(prompt.context)
-    asked = len(prompt.question(question)) if self.query_in_anchor else 0
-    asked = min(asked, anchor // 2)  # of a long question, its last tokens
-    end = document + len(prompt.question(question))
-    system = min(len(prompt.system), anchor - asked)
-    return np.concatenate(
-      [
-        np.arange(system),
-        np.arange(end - asked, end),
-        np.arange(system, anchor - asked),
-      ]
+    block = int(apb_blocks.cut(document, self.hosts)[1][0])
+    return apb_blocks.laid_out(
+      prompt,
+      question,
+      int(self._budgets(block)[0]),
+      self.query_in_anchor,
+      self.sizes(room),
+      self._hosts_in_order(shards),
     )
 
   # One layer.
@@ -316,18 +280,27 @@ class ApbPrefill(Prefill):
         self._gathered(x, batch, ctx)
         for x in (anchor_k, anchor_v, question, asked)
       )
-    copied = anchor - jnp.sum(asked, axis=1)  # document tokens in the anchor
-
-    if self.gap:
-      copied = jnp.full_like(copied, anchor)
+    sizes = apb_blocks.cut(lengths, self.hosts, jnp)[1]  # [E H]
+    filled, most = self._budgets(sizes[:, 0], jnp)  # of anchor and passing
+    copied = filled  # document tokens in the anchor
+    if not self.gap:
+      copied -= jnp.sum(asked, axis=1)
+    # The anchor has what the first host may not pass on.
+    counts = sizes.at[:, 0].add(-copied)
+    counts = jnp.clip(counts, 0, most[:, None]).astype(jnp.int32)  # [E H]
+    earlier = jnp.arange(self.hosts) < host[:, None]
+    passed_on = jnp.sum(jnp.where(earlier, counts, 0), axis=1)  # to each, [E]
+    # Without overlap, passing keys stand right before the anchor's.
+    behind = jnp.zeros_like(filled) if self.overlap else filled
+    width = self.hosts * passing + (0 if self.overlap else anchor)
 
     def pass_on():
       local = Block(
         q=q[:, rows:],
-        k=keys[:, rows:],
-        v=values[:, rows:],
-        unrotated_q=raw_q[:, rows:],
-        unrotated_k=raw[:, rows:],
+        k=_padded_with_last(keys[:, rows:], valid[:, rows:]),
+        v=_padded_with_last(values[:, rows:], valid[:, rows:]),
+        unrotated_q=_padded_with_last(raw_q[:, rows:], valid[:, rows:]),
+        unrotated_k=_padded_with_last(raw[:, rows:], valid[:, rows:]),
         question=question,
         asked=asked,
         positions=positions[:, rows:],
@@ -336,45 +309,52 @@ class ApbPrefill(Prefill):
         learned=ctx.learned,
         model_axis=ctx.axes.model,
       )
-      passed = self._select(local, host, copied, passing)
+      count = jnp.take_along_axis(counts, host[:, None], axis=1)[:, 0]
+      passed = self._select(
+        local, jnp.where(host == 0, copied, 0), count, passing
+      )
+      begin = width - behind - passed_on
+      slot = jnp.maximum(jnp.arange(width) - begin[:, None], 0)
+      lists = (1 + jnp.arange(self.hosts)) * passing - counts
+      index = apb_blocks.follow(slot, counts, lists)
+      # Slots of the anchor; its keys are laid over what is read there.
+      index = jnp.minimum(index, self.hosts * passing - 1)
       return tuple(
-        self._roll(x, host, batch, passing)
+        self._packed(x, index, batch)
         for x in self._exchanged(*passed, batch, ctx)
       )
 
-    before = self.hosts * passing
     passed = tuple(x[:, :0] for x in (keys, values))
-    # The first host's list begins with the keys that the anchor has, too.
-    first = (self.hosts - host) * passing
-    first = first + jnp.maximum(passing - (block - copied), 0)
     if passing and self.every > 1:
       now = ctx.layer % self.every == 0
       like = jax.eval_shape(pass_on)
       passed = jax.lax.cond(
         now, pass_on, lambda: tuple(jnp.zeros(x.shape, x.dtype) for x in like)
       )
-      first = jnp.where(now, first, before)
+      passed_on = jnp.where(now, passed_on, 0)
     elif passing:
       passed = pass_on()
-    start, stop = self._intervals(host, first, rows, anchor, block, passing)
-    spans = Spans(before, before + anchor, before + anchor + block)
+    more, start, stop = apb_blocks.intervals(
+      host, passed_on, filled, self.sizes(ctx.room)
+    )
     parts = self._interval_parts(
       q,
       passed,
       (anchor_k, anchor_v),
       (keys[:, rows:], values[:, rows:]),
+      more,
       start,
       stop,
-      spans,
+      behind,
     )
-    seen = jnp.where(valid, stop - start, 0)[:, rows:].astype(jnp.float32)
-    seen = jnp.sum(seen, axis=1) * n_heads
+    seen = jnp.where(valid, stop - start + more, 0)[:, rows:]
+    seen = jnp.sum(seen.astype(jnp.float32), axis=1) * n_heads
     if self.density is not None:
       part, keys_seen = self._sparse_local(
         q[:, rows:], keys[:, rows:], values[:, rows:], valid[:, rows:]
       )
       parts.append(_behind(rows, part))
-      own = stop - jnp.maximum(start, spans.anchor)
+      own = stop - jnp.maximum(start, anchor)
       own = jnp.where(valid, own, 0)[:, rows:].astype(jnp.float32)
       seen += keys_seen - jnp.sum(own, axis=1) * n_heads
     if self.first_sees_query and anchor:
@@ -386,23 +366,24 @@ class ApbPrefill(Prefill):
       parts.append(_interval_part(q, [(anchor_k, anchor_v)], begin, end))
       seen += count * jnp.sum(valid[:, rows:], axis=1) * n_heads
     out = _merged(parts).astype(q.dtype)
-    cache = self._store(cache, raw, keys, values, positions, valid, rows, batch)
+    held = jnp.take(sizes[:: len(played)], played, axis=1)  # [B h]
+    cache = self._store(cache, raw, keys, values, positions, held, rows)
     trace = self._trace(seen, n_heads, batch, ctx)
     return out.reshape(batch, -1, n_heads, dim), cache, trace
 
-  def _select(self, local: Block, host, copied, passing: int):
+  def _select(self, local: Block, barred, count, passing: int):
     """Keys and values [E passing K H] of the best local tokens.
 
-    Lists are ascending, with what may not be passed (padding, and the tokens of
-    the first host that the anchor already holds) in front.
+    Of the first `barred` tokens, [E], none is taken: the first host's that the
+    anchor already holds. Lists are ascending, their `count`, [E], tokens last.
     """
     scores = COMPRESSORS[self.compressor](local)
     index = jnp.arange(scores.shape[1])
-    barred = (host[:, None] == 0) & (index < copied[:, None])
-    allowed = (local.valid & ~barred)[:, :, None]
+    allowed = (local.valid & (index >= barred[:, None]))[:, :, None]
     scores = jnp.where(allowed, scores.astype(jnp.float32), -jnp.inf)
-    best, chosen = jax.lax.top_k(jnp.swapaxes(scores, 1, 2), passing)
-    chosen = jnp.sort(jnp.where(best > -jnp.inf, chosen, -1), axis=-1)
+    _, chosen = jax.lax.top_k(jnp.swapaxes(scores, 1, 2), passing)
+    taken = jnp.arange(passing) < count[:, None, None]
+    chosen = jnp.sort(jnp.where(taken, chosen, -1), axis=-1)
     take = jnp.swapaxes(jnp.maximum(chosen, 0), 1, 2)[..., None]
     return (
       jnp.take_along_axis(local.k, take, axis=1),
@@ -446,65 +427,86 @@ class ApbPrefill(Prefill):
     x = x[:, np.argsort(hosts.reshape(-1))]
     return tuple(jnp.split(x, [k.shape[-1]], axis=-1))
 
-  def _roll(self, x, host, batch: int, passing: int):
-    """[B H n ...] to [E H n ...]: earlier hosts' blocks stand last."""
-    owner = (jnp.arange(self.hosts) + host[:, None]) % self.hosts
-    row = jnp.repeat(jnp.arange(batch), host.shape[0] // batch)
-    x = x[row[:, None], owner]
-    return x.reshape(x.shape[0], self.hosts * passing, *x.shape[3:])
+  def _packed(self, x, index, batch: int):
+    """[B H n ...] of all hosts to [E W ...], the tokens that `index` names."""
+    row = jnp.repeat(jnp.arange(batch), index.shape[0] // batch)
+    return x.reshape(batch, -1, *x.shape[3:])[row[:, None], index]
 
-  def _intervals(self, host, first, rows, anchor, block, passing):
-    """(start, stop) int32 [E rows+block] of what each row sees."""
-    before = self.hosts * passing
-    base = host * rows if self.shared_anchor else jnp.zeros_like(host)
-    place = base[:, None] + jnp.arange(rows)
-    anchor_start = jnp.full_like(place, before)
-    anchor_stop = before + place + 1
-    local_start = jnp.where(host == 0, before + anchor, first)
-    local_start = jnp.where((passing == 0) & (host > 0), before, local_start)
-    local_start = jnp.broadcast_to(local_start[:, None], (len(host), block))
-    local_stop = before + anchor + 1 + jnp.arange(block)
-    local_stop = jnp.broadcast_to(local_stop, (len(host), block))
-    return (
-      jnp.concatenate([anchor_start, local_start], 1).astype(jnp.int32),
-      jnp.concatenate([anchor_stop, local_stop], 1).astype(jnp.int32),
-    )
+  def _store(self, cache, raw, keys, values, positions, held, rows):
+    """Local keys alone, host by host in this device's order.
 
-  def _store(self, cache, raw, keys, values, positions, valid, rows, batch):
-    """Local keys alone, host by host in this device's order."""
-    kept = keys if cache.rotated else raw
+    Args:
+      cache: this layer's.
+      raw: unrotated keys [E rows+block K H].
+      keys: the same, rotated.
+      values: like them.
+      positions: int32 [E rows+block].
+      held: int32 [B h] tokens of each host that this device plays.
+      rows: of the anchor.
+    """
+    batch, hosts = held.shape
+    block = keys.shape[1] - rows
+    slot = jnp.broadcast_to(jnp.arange(hosts * block), (batch, hosts * block))
+    first = jnp.broadcast_to(jnp.arange(hosts) * block, held.shape)
+    index = apb_blocks.follow(slot, held, first)
+    index = jnp.minimum(index, hosts * block - 1)
 
     def local(x):
-      x = x[:, rows:]
-      return x.reshape(batch, -1, *x.shape[2:])
-
-    count = jnp.sum(local(valid), axis=1, dtype=jnp.int32)
-    return cache.append(local(kept), local(values), local(positions), count)
-
-  def _interval_parts(self, q, passed, anchor, local, start, stop, spans):
-    """Partials of each row's one interval, in one call or cut into several."""
-    groups = [(0, [passed, anchor, local], spans.local)]
-    if self.overlap and self.density is not None:
-      groups = [
-        (spans.passed, [anchor], spans.anchor),
-        (0, [passed], spans.passed),
-      ]
-    elif self.overlap:
-      groups = [
-        (spans.passed, [anchor, local], spans.local),
-        (0, [passed], spans.passed),
-      ]
-    elif self.density is not None:
-      groups = [(0, [passed, anchor], spans.anchor)]
-    return [
-      _interval_part(
-        q,
-        pieces,
-        jnp.clip(start, low, high) - low,
-        jnp.clip(stop, low, high) - low,
+      x = x[:, rows:].reshape(batch, -1, *x.shape[2:])
+      if hosts == 1:
+        return x
+      return jnp.take_along_axis(
+        x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1
       )
-      for low, pieces, high in groups
-      if high > low
+
+    return cache.append(
+      local(keys if cache.rotated else raw),
+      local(values),
+      local(positions),
+      jnp.sum(held, axis=1, dtype=jnp.int32),
+    )
+
+  def _interval_parts(
+    self, q, passed, anchor, local, more, start, stop, behind
+  ):
+    """Partials of each row's one interval, in one call or cut into several.
+
+    Args:
+      q: queries.
+      passed: keys and values, the row's at the end, but for `behind` slots.
+      anchor: keys and values.
+      local: keys and values.
+      more: int32 [E T] passing keys that a row sees.
+      start: int32 [E T] of the rest, in [anchor | local].
+      stop: int32 [E T].
+      behind: int32 [E] slots of the anchor, which `passed` has room for.
+    """
+    own = [anchor, local]
+    if self.density is not None:  # local keys are listed block by block
+      own, width = [anchor], anchor[0].shape[1]
+      start, stop = jnp.minimum(start, width), jnp.minimum(stop, width)
+    before = passed[0].shape[1]
+    groups = [(own, start, stop)]
+    if self.overlap:
+      end = jnp.full_like(more, before)
+      groups.append(([passed], end - more, end))
+    elif before:
+      width = anchor[0].shape[1]
+      here = jnp.arange(before) >= before - behind[:, None]
+      ahead = tuple(
+        jnp.where(
+          here[:, :, None, None],
+          jnp.pad(a, ((0, 0), (before - width, 0), (0, 0), (0, 0))),
+          p,
+        )
+        for p, a in zip(passed, anchor, strict=True)
+      )
+      before -= width
+      groups = [([ahead, *own[1:]], before + start - more, before + stop)]
+    return [
+      _interval_part(q, pieces, low, high)
+      for pieces, low, high in groups
+      if sum(keys.shape[1] for keys, _ in pieces)
     ]
 
   def _sparse_local(self, q, k, v, valid):
@@ -546,12 +548,16 @@ def _sent_forward(x, axis: str, way: int):
   return pieces[:, hop]
 
 
-class Spans(NamedTuple):
-  """Where passing, anchor and local keys end in a row's list of keys."""
+def _padded_with_last(x, valid):
+  """[E b ...] with its last valid token in place of padding.
 
-  passed: int
-  anchor: int
-  local: int
+  Compressors take maxima over neighbours: those of a block's last token then
+  are what they are where the block ends with the array.
+  """
+  last = jnp.maximum(jnp.sum(valid, axis=1) - 1, 0)[:, None]
+  shape = (1,) * (x.ndim - 2)
+  last = jnp.take_along_axis(x, last.reshape(-1, 1, *shape), axis=1)
+  return jnp.where(valid.reshape(*valid.shape, *shape), x, last)
 
 
 def _interval_part(q, pieces, start, stop) -> Partial:

@@ -6,6 +6,8 @@ prefill holds no collective; the question and the answer attend to all blocks
 exactly. It is APB without passing blocks.
 """
 
+from typing import ClassVar
+
 from lcx import cache as caches
 from lcx.methods.apb import ApbPrefill
 from lcx.methods.base import Method
@@ -14,6 +16,8 @@ from lcx.methods.dense import DenseDecode
 
 class StarPrefill(ApbPrefill):
   """APB's geometry with the first block as anchor and nothing passed."""
+
+  measured_as: ClassVar[str] = 'star'
 
   def at_full_budget(self, length: int) -> None:
     """Never exact: tokens between the first and the own block are not seen."""

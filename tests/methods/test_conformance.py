@@ -46,6 +46,10 @@ def crossed():
 
 
 CROSSED = crossed()
+# Methods that cut a prompt over hosts, virtual ones on one device.
+SPLITTING = [
+  n for n in methods.names() if hasattr(methods.get_method(n).prefill, 'hosts')
+]
 
 
 def prompt(seed: int, context: int = CONTEXT, questions: int = 1) -> Prompt:
@@ -75,13 +79,13 @@ def answer_scores(engine, prompts, steps=5, question=0):
 
 
 @functools.cache
-def make_engine(method, mesh=(1, 1, 1), sliding_window=None):
+def make_engine(method, mesh=(1, 1, 1), sliding_window=None, capacity=CAPACITY):
   """An engine of two rows; its programs serve several tests."""
   return Engine(
     dataclasses.replace(CONFIG, sliding_window=sliding_window),
     transformer.init(CONFIG, jax.random.key(0)),
     method,
-    capacity=CAPACITY,
+    capacity=capacity,
     batch=2,
     room=64,
     mesh=sharding.make_mesh(*mesh),
@@ -125,6 +129,24 @@ def test_padding_and_batch_order_do_not_matter(name):
     chex.assert_trees_all_close(
       alone_scores[0], scores[row], rtol=2e-3, atol=2e-3
     )
+
+
+@pytest.mark.xdist_group('mesh')
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(n, marks=pytest.mark.long) if n == 'star' else n
+    for n in SPLITTING
+  ],
+)
+def test_a_longer_neighbour_does_not_matter(name):
+  """Beside it a prompt is padded to more, and cut over hosts as it is alone."""
+  engine = make_engine(methods.get_method(name), capacity=1024)
+  scores = [
+    np.asarray(engine.prefill(prompts, 0).scores)[0]
+    for prompts in ([prompt(2)], [prompt(2), prompt(3, context=900)])
+  ]
+  chex.assert_trees_all_close(*scores, rtol=1e-4, atol=1e-4)
 
 
 @every_method
