@@ -148,7 +148,8 @@ def _names(config: ModelConfig) -> dict[str, dict[str, list[str]]]:
     'qkv': [attention + f'{x}_proj.weight' for x in 'qkv'],
     'o': [attention + 'o_proj.weight'],
     'ff_norm': [layer + 'post_attention_layernorm.weight'],
-    'gate_up': [layer + f'mlp.{x}_proj.weight' for x in ('gate', 'up')],
+    'gate': [layer + 'mlp.gate_proj.weight'],
+    'up': [layer + 'mlp.up_proj.weight'],
     'down': [layer + 'mlp.down_proj.weight'],
   }
   if config.qkv_bias:
@@ -183,7 +184,8 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     'k_norm': [(h,)],
     'o': [(d, q)],
     'ff_norm': [(d,)],
-    'gate_up': [(f, d), (f, d)],
+    'gate': [(f, d)],
+    'up': [(f, d)],
     'down': [(d, f)],
     'table': [(v, d)],
     'norm': [(d,)],
@@ -272,14 +274,14 @@ def _plain(source, names, config, index):
 
 
 def _qkv(source, names, config, index):
-  inputs, heads, _, dims = index
+  heads, _, dims, inputs = index
   parts = []
   for name, width in zip(names, (config.group, 1, 1)):
     size = width * config.head_dim
     rows = source.read(name, slice(heads.start * size, heads.stop * size))
     rows = rows.reshape(-1, width, config.head_dim, config.d_model)
     parts.append(rows[:, :, dims, inputs])
-  return np.concatenate(parts, axis=1).transpose(3, 0, 1, 2)
+  return np.concatenate(parts, axis=1)
 
 
 def _qkv_bias(source, names, config, index):
@@ -292,32 +294,16 @@ def _qkv_bias(source, names, config, index):
   return np.concatenate(parts, axis=1)
 
 
-def _gate_up(source, names, config, index):
-  del config
-  inputs, _, outputs = index
-  parts = [source.read(name, outputs)[:, inputs].T for name in names]
-  return np.stack(parts, axis=1)
-
-
 def _o(source, names, config, index):
-  heads, dims, outputs = index
+  outputs, heads, dims = index
   rows = source.read(names[0], outputs)
-  rows = rows.reshape(-1, config.n_heads, config.head_dim)
-  return rows[:, heads, dims].transpose(1, 2, 0)
-
-
-def _down(source, names, config, index):
-  del config
-  inputs, outputs = index
-  return source.read(names[0], outputs)[:, inputs].T
+  return rows.reshape(-1, config.n_heads, config.head_dim)[:, heads, dims]
 
 
 _READERS: dict[str, Callable] = {
   'qkv': _qkv,
   'qkv_bias': _qkv_bias,
-  'gate_up': _gate_up,
   'o': _o,
-  'down': _down,
 }
 
 

@@ -36,7 +36,7 @@ _FEW = 4  # tokens
 _TILE, _SUM_TILE = 2**22, 2**20
 
 # Matrices by name, with the axes of their inputs.
-_INPUTS = {'qkv': (0,), 'o': (0, 1), 'gate_up': (0,), 'down': (0,)}
+_INPUTS = {'qkv': (3,), 'o': (1, 2), 'gate': (1,), 'up': (1,), 'down': (1,)}
 
 
 def _qwix():
@@ -62,11 +62,21 @@ class LowBit:
   array: Any
   kind: str = dataclasses.field(metadata={'static': True})
 
-  def reshape(self, rows: int, outputs: int) -> 'LowBit':
-    """Input axes as one, which stand first: (-1, outputs) alone."""
-    if rows != -1 or outputs != self.array.shape[-1]:
-      raise ValueError(f'reshape takes (-1, {self.array.shape[-1]})')
-    merged = jax.tree.map(lambda y: y.reshape(-1, outputs), self.array)
+  def reshape(self, outputs: int, inputs: int) -> 'LowBit':
+    """Two axes: one for outputs, which stand first, one for inputs.
+
+    Exactly one of the two is -1: the other axis is there already, and stays.
+    """
+    codes = self.array.qvalue
+    kept, size = (0, outputs) if inputs == -1 else (codes.ndim - 1, inputs)
+    if sorted((outputs, inputs))[0] != -1 or codes.shape[kept] != size:
+      raise ValueError(f'{codes.shape} has no reshape({outputs}, {inputs})')
+
+    def merge(y):
+      shape = (y.shape[0], -1) if kept == 0 else (-1, y.shape[-1])
+      return y.reshape(shape)
+
+    merged = jax.tree.map(merge, self.array)
     return dataclasses.replace(self, array=merged)
 
   def einsum(self, equation: str, x: Array, out=None) -> Array:

@@ -57,7 +57,8 @@ class Weights:
   Attributes:
     embed: {'table': [V D]}.
     layers: one dict a layer, all of one structure: 'attention_norm' [D], 'qkv'
-      [D K G+2 H], 'o' [N H D], 'ff_norm' [D], 'gate_up' [D 2 F], 'down' [F D];
+      [K G+2 H D], 'o' [D N H], 'ff_norm' [D], 'gate' and 'up' [F D], 'down'
+      [D F]: inputs last, so that products of one token read rows;
       'qkv_bias' [K G+2 H], 'q_norm' [H] and 'k_norm' [H] where the model has
       them.
     head: {'norm': [D]}, and 'table' [V D] where it is not tied.
@@ -102,7 +103,7 @@ class Layer(_Block):
     back = (2 * config.n_layers * d) ** -0.5  # keeps the residual's variance
     self.attention_norm = self._vector(('embed',), (d,), 1.0)
     self.qkv = self._matrix(
-      ('embed', 'kv_heads', None, 'head_dim'), (d, k, g + 2, h), d**-0.5
+      ('kv_heads', None, 'head_dim', 'embed'), (k, g + 2, h, d), d**-0.5
     )
     if config.qkv_bias:
       self.qkv_bias = self._vector(
@@ -111,10 +112,11 @@ class Layer(_Block):
     if config.qk_norm:
       self.q_norm = self._vector(('head_dim',), (h,), 1.0)
       self.k_norm = self._vector(('head_dim',), (h,), 1.0)
-    self.o = self._matrix(('heads', 'head_dim', 'embed'), (n, h, d), back)
+    self.o = self._matrix(('embed', 'heads', 'head_dim'), (d, n, h), back)
     self.ff_norm = self._vector(('embed',), (d,), 1.0)
-    self.gate_up = self._matrix(('embed', None, 'ff'), (d, 2, f), d**-0.5)
-    self.down = self._matrix(('ff', 'embed'), (f, d), back)
+    self.gate = self._matrix(('ff', 'embed'), (f, d), d**-0.5)
+    self.up = self._matrix(('ff', 'embed'), (f, d), d**-0.5)
+    self.down = self._matrix(('embed', 'ff'), (d, f), back)
 
 
 class Head(_Block):
@@ -262,7 +264,10 @@ def attention_inputs(
   """
   with jax.named_scope('attention_inputs'):
     x = rms_norm(x, layer['attention_norm'], config.norm_eps)
-    qkv = _einsum('btd,dkch->btkch', x, layer['qkv'])
+    # Matrices have two axes, or XLA's CPU compiler transposes the weights at
+    # every call (22 ms a token for SmolLM2, not 2).
+    qkv = _einsum('btd,od->bto', x, layer['qkv'].reshape(-1, config.d_model))
+    qkv = qkv.reshape(*x.shape[:2], -1, config.group + 2, config.head_dim)
     if config.qkv_bias:
       qkv = qkv + layer['qkv_bias']
     q, k, v = split_qkv(qkv)
@@ -313,16 +318,14 @@ def layer_output(
 
 def _layer_output(layer, x, attention, config):
   with jax.named_scope('attention_output'):
-    # As one contracted axis: an einsum over n and h made XLA's CPU compiler
-    # transpose the weights at every call (22 ms a token for SmolLM2, not 2).
     attention = attention.astype(x.dtype).reshape(*x.shape[:2], -1)
-    o = layer['o'].reshape(-1, x.shape[-1])
-    x = x + _einsum('btm,md->btd', attention, o)
+    o = layer['o'].reshape(x.shape[-1], -1)
+    x = x + _einsum('btm,dm->btd', attention, o)
   with jax.named_scope('feed_forward'):
     y = rms_norm(x, layer['ff_norm'], config.norm_eps)
-    y = _einsum('btd,dcf->btcf', y, layer['gate_up'])
-    y = jax.nn.silu(y[..., 0, :]) * y[..., 1, :]
-    return x + _einsum('btf,fd->btd', y, layer['down'])
+    gate = _einsum('btd,fd->btf', y, layer['gate'])
+    y = jax.nn.silu(gate) * _einsum('btd,fd->btf', y, layer['up'])
+    return x + _einsum('btf,df->btd', y, layer['down'])
 
 
 def logits(

@@ -5,7 +5,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from lcx.models import transformer
 from lcx.models.config import ModelConfig
 from lcx.models.transformer import Weights
 
@@ -26,13 +25,17 @@ def tensors(weights: Weights, config: ModelConfig) -> dict[str, np.ndarray]:
   }
   for i, layer in enumerate(weights.layers):
     at = f'model.layers.{i}.'
-    q, k, v = transformer.split_qkv(layer['qkv'])
-    for name, part in (('q', q), ('k', k), ('v', v)):
-      out[f'{at}self_attn.{name}_proj.weight'] = part.reshape(d, -1).T
-    out[f'{at}self_attn.o_proj.weight'] = layer['o'].reshape(-1, d).T
-    out[f'{at}mlp.gate_proj.weight'] = layer['gate_up'][:, 0].T
-    out[f'{at}mlp.up_proj.weight'] = layer['gate_up'][:, 1].T
-    out[f'{at}mlp.down_proj.weight'] = layer['down'].T
+    qkv = layer['qkv']
+    for name, part in (
+      ('q', qkv[:, :-2]),
+      ('k', qkv[:, -2]),
+      ('v', qkv[:, -1]),
+    ):
+      out[f'{at}self_attn.{name}_proj.weight'] = part.reshape(-1, d)
+    out[f'{at}self_attn.o_proj.weight'] = layer['o'].reshape(d, -1)
+    out[f'{at}mlp.gate_proj.weight'] = layer['gate']
+    out[f'{at}mlp.up_proj.weight'] = layer['up']
+    out[f'{at}mlp.down_proj.weight'] = layer['down']
     out[f'{at}input_layernorm.weight'] = layer['attention_norm']
     out[f'{at}post_attention_layernorm.weight'] = layer['ff_norm']
   return {name: np.ascontiguousarray(x) for name, x in out.items()}

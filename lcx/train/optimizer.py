@@ -8,10 +8,11 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 # Inputs and outputs of the stacked matrices (axis 0 is the layer).
 _MATRICES = {
-  'qkv': MuonDimensionNumbers(1, (2, 3, 4)),  # [L D K G+2 H]
-  'o': MuonDimensionNumbers((1, 2), 3),  # [L N H D]
-  'gate_up': MuonDimensionNumbers(1, (2, 3)),  # [L D 2 F]
-  'down': MuonDimensionNumbers(1, 2),  # [L F D]
+  'qkv': MuonDimensionNumbers(4, (1, 2, 3)),  # [L K G+2 H D]
+  'o': MuonDimensionNumbers((2, 3), 1),  # [L D N H]
+  'gate': MuonDimensionNumbers(2, 1),  # [L F D]
+  'up': MuonDimensionNumbers(2, 1),  # [L F D]
+  'down': MuonDimensionNumbers(2, 1),  # [L D F]
 }
 
 

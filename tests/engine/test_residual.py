@@ -52,7 +52,7 @@ def test_spread_activations_answer_alike():
 def layer(residual, dims=(1, 2, 4), batch=1, length=4096):
   """A compiled layer of dense prefill, and its input's bytes a device."""
   config = dataclasses.replace(
-    CONFIG, d_model=512, d_ff=1024, n_heads=4, n_kv_heads=4, head_dim=128
+    CONFIG, d_model=512, d_ff=4096, n_heads=4, n_kv_heads=4, head_dim=128
   )
   mesh, method = sharding.make_mesh(*dims), methods.get_method('dense')
   plan = steps.Plan(config, method, mesh, False, residual)

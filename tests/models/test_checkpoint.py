@@ -33,7 +33,7 @@ def test_save_restore_and_spread(tmp_path):
   mesh = sharding.make_mesh(model=2)
   _, spread = checkpoint.restore(tmp_path / 'a', mesh)
   chex.assert_trees_all_equal(spread, weights)
-  assert spread.layers[0]['down'].sharding.spec == sharding.spec('ff', 'embed')
+  assert spread.layers[0]['down'].sharding.spec == sharding.spec('embed', 'ff')
 
 
 def test_a_checkpoint_that_is_not_whole(tmp_path):

@@ -70,9 +70,9 @@ def test_each_shard_is_read_where_it_lives(kind, folder, gguf_file, tmp_path):
   chex.assert_trees_all_equal(one.weights, spread.weights)
   qkv = spread.weights.layers[0]['qkv']
   assert qkv.sharding.spec == sharding.spec(
-    'embed', 'kv_heads', None, 'head_dim'
+    'kv_heads', None, 'head_dim', 'embed'
   )
-  assert qkv.addressable_shards[0].data.shape == (64, 1, 4, 16)
+  assert qkv.addressable_shards[0].data.shape == (1, 4, 16, 64)
   tokens = jnp.arange(32).reshape(2, 16)
   run = jax.jit(lambda w: transformer.forward(w, tokens, one.config))
   chex.assert_trees_all_close(

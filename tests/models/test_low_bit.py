@@ -21,10 +21,10 @@ CONFIG = dataclasses.replace(
 # Relative error of a product of random numbers, about 0.6 of a step's share.
 ERROR = {'w8a8': 0.015, 'fp8': 0.05, 'w4a16': 0.13}
 SHAPES = {
-  'qkv': ('btd,dkch->btkch', (256, 2, 4, 16)),
-  'o': ('btnh,nhd->btd', (4, 64, 256)),
-  'gate_up': ('btd,dcf->btcf', (256, 2, 512)),
-  'down': ('btf,fd->btd', (512, 256)),
+  'qkv': ('btd,kchd->btkch', (2, 4, 16, 256)),
+  'o': ('btnh,dnh->btd', (256, 4, 64)),
+  'gate': ('btd,fd->btf', (512, 256)),
+  'down': ('btf,df->btd', (256, 512)),
 }
 
 
@@ -95,7 +95,7 @@ def test_an_engine_takes_them(kind, model):
   assert error < 2 * ERROR[kind]
   assert len(engine.decode(session, 2)[0][0]) == 2
   matrix = engine.weights.layers[0]['qkv'].array.qvalue
-  kv_heads = matrix.sharding.shard_shape(matrix.shape)[1]
+  kv_heads = matrix.sharding.shard_shape(matrix.shape)[0]
   assert kv_heads == config.n_kv_heads // model
 
 
@@ -114,22 +114,22 @@ def test_no_matrix_is_made_in_the_activations_dtype(kind, tokens):
 
   (fp8 is left to the chip: the CPU has none and widens the matrix to float16.)
   """
-  shape = (1024, 2, 8192)  # 16M weights, four tiles
-  w = low_bit.matrix(jnp.zeros(shape, jnp.bfloat16), kind, (0,))
+  shape = (16384, 1024)  # 16M weights, four tiles
+  w = low_bit.matrix(jnp.zeros(shape, jnp.bfloat16), kind, (1,))
   x = jnp.zeros((1, tokens, 1024), jnp.bfloat16)
-  run = jax.jit(lambda w, x: w.einsum('btd,dcf->btcf', x))
+  run = jax.jit(lambda w, x: w.einsum('btd,fd->btf', x))
   temporary = run.lower(w, x).compile().memory_analysis().temp_size_in_bytes
-  products = 4 * tokens * 2 * 8192
+  products = 4 * tokens * 16384
   assert temporary - products < 2 * np.prod(shape)
 
 
 @pytest.mark.parametrize('kind', low_bit.KINDS)
 def test_input_axes_can_be_merged(kind):
   draw = np.random.default_rng(0)
-  w = low_bit.matrix(jnp.asarray(draw.normal(size=(4, 64, 32))), kind, (0, 1))
+  w = low_bit.matrix(jnp.asarray(draw.normal(size=(32, 4, 64))), kind, (1, 2))
   x = jnp.asarray(draw.normal(size=(1, 5, 4, 64)), jnp.float32)
-  apart = w.einsum('btnh,nhd->btd', x)
-  merged = w.reshape(-1, 32).einsum('btf,fd->btd', x.reshape(1, 5, -1))
+  apart = w.einsum('btnh,dnh->btd', x)
+  merged = w.reshape(32, -1).einsum('btf,df->btd', x.reshape(1, 5, -1))
   np.testing.assert_allclose(apart, merged, rtol=1e-4, atol=1e-3)
 
 
