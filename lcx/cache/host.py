@@ -202,7 +202,10 @@ class HostCache:
     positions: Int32[Array, 'B T'],
     count: Int32[Array, 'B'] | None = None,
   ) -> Self:
-    """Adds tokens to both tiers; the host's copy is made while work goes on."""
+    """Adds tokens to both tiers.
+
+    The host's copy is made in the call: a device's stream waits for it.
+    """
     ring = self.ring.append(k, v, positions, count)
     row = _like(self.handles)
     handles, fault = io_callback(
