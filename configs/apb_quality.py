@@ -5,11 +5,14 @@ python -m experiments.run --config=configs/apb_quality.py
 RULER on a real model with 4 hosts on one device (virtual: the numbers are those
 of 4 devices). Arguments: `part=tasks` (all methods by task; default),
 `part=hosts` (2, 4 and 8 hosts, APB and Star), `part=ablation` (anchor, passing,
-compressor and question in the anchor, each off), `heads=FILE` (adds trained
-retaining heads), `samples=N`, `length=N`, `short` (needles in 2K tokens alone:
-minutes on a CPU), `needle` (the same by the bundled model), `smoke`.
+compressor and question in the anchor, each off), `hosts=N` (instead of 4: a
+multiple of the mesh's seq axis; not with `part=hosts`), `heads=FILE` (adds
+trained retaining heads), `samples=N`, `length=N`, `short` (needles in 2K tokens
+alone: minutes on a CPU), `needle` (the same by the bundled model), `smoke`.
 `--config.model=PATH` takes any Hugging Face folder or GGUF file.
 """
+
+import functools
 
 from configs import common
 
@@ -27,6 +30,7 @@ def get_config(arg=''):
   arg = common.parse_arg(
     arg,
     part='tasks',
+    hosts=0,
     heads='',
     samples=50,
     length=0,
@@ -41,7 +45,12 @@ def get_config(arg=''):
     raise ValueError(
       f'config argument part={arg.part!r}: one of {", ".join(parts)}'
     )
-  config.methods = common.table({'dense': {}} | parts[arg.part](arg.heads))
+  if arg.hosts and arg.part == 'hosts':
+    raise ValueError(
+      f'config argument hosts={arg.hosts}: part=hosts has its own, leave it out'
+    )
+  rows = parts[arg.part](arg.hosts or 4, arg.heads)
+  config.methods = common.table({'dense': {}} | rows)
   config.tasks = common.table({name: {} for name in TASKS})
   config.lengths = (arg.length,) if arg.length else (16384, 32768)
   config.samples = arg.samples
@@ -65,7 +74,8 @@ def get_config(arg=''):
     config.max_new_tokens = 12
   if arg.smoke:
     config.model = 'preset:tiny'
-    config.methods = common.table({'dense': {}, 'apb': apb(hosts=2)})
+    few = apb(arg.hosts or 2)
+    config.methods = common.table({'dense': {}, 'apb': few})
     config.tasks = common.table({'niah_single_2': {}})
     config.lengths = (512,)
     config.samples = 1
@@ -73,53 +83,55 @@ def get_config(arg=''):
   return config
 
 
-def apb(**fields):
+def apb(hosts, **fields):
   # What is asked for is measured, whatever the policy file advises.
-  return {'method': 'apb', 'hosts': 4, 'crossover': 0} | fields
+  return {'method': 'apb', 'hosts': hosts, 'crossover': 0} | fields
 
 
-def trained(heads):
+def trained(n, heads):
   if not heads:
     return {}
-  return {'apb heads': apb(compressor='retaining_head', heads=heads)}
+  return {'apb heads': apb(n, compressor='retaining_head', heads=heads)}
 
 
-def tasks(heads):
+def tasks(n, heads):
   return {
-    'star': {'hosts': 4},
-    'apb': apb(),
-    'apb snapkv': apb(compressor='snapkv'),
-    'apb query seen': apb(first_sees_query=True),
-    'apb zigzag 8': apb(hosts=8, order='zigzag'),
-    'apb local half': apb(density=0.5),
-    'apb every 2nd layer': apb(every=2),
-    **trained(heads),
+    'star': {'hosts': n, 'crossover': 0},
+    'apb': apb(n),
+    'apb snapkv': apb(n, compressor='snapkv'),
+    'apb query seen': apb(n, first_sees_query=True),
+    # Two hosts a device, from both ends.
+    f'apb zigzag {2 * n}': apb(2 * n, order='zigzag'),
+    'apb local half': apb(n, density=0.5),
+    'apb every 2nd layer': apb(n, every=2),
+    **trained(n, heads),
   }
 
 
-def hosts(heads):
-  del heads
+def hosts(n, heads):
+  del n, heads
   rows = {}
   for n in (2, 4, 8):
-    rows[f'star {n}'] = {'method': 'star', 'hosts': n}
-    rows[f'apb {n}'] = apb(hosts=n)
+    rows[f'star {n}'] = {'method': 'star', 'hosts': n, 'crossover': 0}
+    rows[f'apb {n}'] = apb(n)
   return rows
 
 
-def ablation(heads):
+def ablation(n, heads):
   """The paper's table 3; 'query' as a compressor needs the question."""
   silent = {'query_in_anchor': False}
+  row = functools.partial(apb, n)
   return {
-    'apb': apb(),
-    **trained(heads),
-    'snapkv': apb(compressor='snapkv'),
-    'snapkv no query': apb(compressor='snapkv', **silent),
-    'random': apb(compressor='random'),
-    'random no query': apb(compressor='random', **silent),
-    'no passing': apb(passing=0),
-    'no passing no query': apb(passing=0, compressor='random', **silent),
-    'no anchor': apb(anchor=0, compressor='snapkv', **silent),
-    'no anchor random': apb(anchor=0, compressor='random', **silent),
-    'nothing': apb(anchor=0, passing=0, compressor='random', **silent),
-    'gap': apb(gap=True),
+    'apb': row(),
+    **trained(n, heads),
+    'snapkv': row(compressor='snapkv'),
+    'snapkv no query': row(compressor='snapkv', **silent),
+    'random': row(compressor='random'),
+    'random no query': row(compressor='random', **silent),
+    'no passing': row(passing=0),
+    'no passing no query': row(passing=0, compressor='random', **silent),
+    'no anchor': row(anchor=0, compressor='snapkv', **silent),
+    'no anchor random': row(anchor=0, compressor='random', **silent),
+    'nothing': row(anchor=0, passing=0, compressor='random', **silent),
+    'gap': row(gap=True),
   }

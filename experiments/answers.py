@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from experiments import comparison, environment
+from experiments import comparison
 from experiments.models import Source
 from experiments.prompts import Template
 from experiments.results import Row
@@ -184,7 +184,8 @@ def make_engine(
   from lcx import methods, sharding
   from lcx.engine import Engine
 
-  devices = environment.device()
+  mesh = sharding.make_mesh(*setting.mesh)
+  devices = _together(mesh)
   below = method.prefill.alone_below(model.config, devices)
   if length < below:
     logging.warning(
@@ -195,8 +196,6 @@ def make_engine(
     dense = methods.get_method('dense').prefill
     method = dataclasses.replace(method, prefill=dense)
     mesh = sharding.one_device()
-  else:
-    mesh = sharding.make_mesh(*setting.mesh)
   return Engine(
     model.config,
     model.weights,
@@ -208,6 +207,21 @@ def make_engine(
     batch=setting.batch,
     readings=readings,
   )
+
+
+def _together(mesh: jax.sharding.Mesh) -> str:
+  """Devices that read one prompt, as the policy's entries name them.
+
+  Entries are of prompts whose sequence alone is split; where heads are, too,
+  nothing was measured, and the name is no entry's.
+  """
+  kind = mesh.devices.flat[0].device_kind
+  sizes = [mesh.shape['seq']]
+  if mesh.shape['model'] > 1:
+    sizes.append(mesh.shape['model'])
+  elif sizes == [1]:
+    return kind
+  return ' x '.join(map(str, (*sizes, kind)))
 
 
 def _grouped(places: Sequence[Place], key: Callable[[Place], Any]):

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import tqdm
 from absl import logging
 
@@ -36,6 +37,7 @@ from experiments.results import Results, Row, key_of, write_json
 from lcx import sharding
 from lcx.engine.placement import NewKeys, Placement
 from lcx.engine.steps import Residual
+from lcx.methods.base import Prompt
 
 Protocol = Literal['whole', 'context_first']
 
@@ -335,12 +337,27 @@ def _progress(total: int, done: int) -> tqdm.tqdm:
   )
 
 
+def _check_layout(config: Config, place: Placement) -> None:
+  """Lets a prefill refuse the mesh and the protocols, by a tiny prompt."""
+  one = np.zeros(1, np.int32)
+  part, shards = place.method.prefill, place.shards
+  part.pieces(shards)
+  part, room = part.on(shards), place.padded(1)
+  for protocol in config.protocols:
+    question = 0 if protocol == 'whole' else None
+    part.layout(Prompt(one, one, (one,)), question, room, shards)
+
+
 def _check(config: Config, missing: Sequence[Place]) -> None:
-  """Lets the parts refuse model and capacity before weights are read.
+  """Lets the parts refuse model, mesh and capacity before weights are read.
 
   Raises:
     ValueError: a part refuses, or the model's header is damaged.
   """
+  if missing and config.batch % config.mesh[0]:
+    raise ValueError(
+      f'mesh axis data={config.mesh[0]} must divide config.batch={config.batch}'
+    )
   for source in dict.fromkeys(p.source for p in missing):
     numbers = models.numbers(source, config.dtype)
     for variant in dict.fromkeys(p.variant for p in missing):
@@ -350,7 +367,9 @@ def _check(config: Config, missing: Sequence[Place]) -> None:
         try:
           for part in (method.prefill, method.decode):
             part.check(numbers, capacity)
-          Placement(method, config.mesh[1], capacity, 0, config.new_keys)
+          shards = config.mesh[1]
+          place = Placement(method, shards, capacity, 0, config.new_keys)
+          _check_layout(config, place)
           method.cache.check(numbers, capacity, config.batch, method.decode)
         except ValueError as error:
           raise ValueError(

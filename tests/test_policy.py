@@ -1,6 +1,8 @@
 """The policy file: evidence decides, contradictions are refused."""
 
+import dataclasses
 import types
+from typing import Any
 
 import pytest
 
@@ -181,7 +183,7 @@ def test_below_its_crossover_one_device_reads_densely(monkeypatch, caplog):
       'case': f'tiny {length}',
       'implementation': 'apb',
       'peer': 'one device',
-      'device': '8 x CPU',
+      'device': '8 x cpu',
       'devices': 4,
       'parts': '',
       'length': length,
@@ -192,19 +194,21 @@ def test_below_its_crossover_one_device_reads_densely(monkeypatch, caplog):
   (found,) = fit_policy.fit(rows).entries
   assert (found.op, found.device, found.crossover) == (
     'prefill',
-    '4 x CPU',
+    '4 x cpu',
     1024,
   )
   monkeypatch.setattr(policy, 'load', lambda: Policy((found,)))
   config = PRESETS['tiny']
   apb = methods.get_method('apb').prefill
-  assert apb.alone_below(config, '4 x CPU') == 1024
-  assert apb.alone_below(config, '2 x CPU') == 0
+  assert apb.alone_below(config, '4 x cpu') == 1024
+  assert apb.alone_below(config, '2 x cpu') == 0
   asked = methods.get_method('apb', crossover=7).prefill
-  assert asked.alone_below(config, '4 x CPU') == 7
+  assert asked.alone_below(config, '4 x cpu') == 7
+  # It is APB's: Star, its subclass, has its own.
+  star = methods.get_method('star').prefill
+  assert star.alone_below(config, '4 x cpu') == 0
 
-  monkeypatch.setattr(answers.environment, 'device', lambda: '4 x CPU')
-  made = []
+  made: list[Any] = []
   monkeypatch.setattr(
     engine, 'Engine', lambda *args, **kwargs: made.append((*args, kwargs))
   )
@@ -218,3 +222,12 @@ def test_below_its_crossover_one_device_reads_densely(monkeypatch, caplog):
   assert long.prefill == apb
   assert first['mesh'].size == 1 and second['mesh'].size == 4
   assert '512 tokens are below its crossover of 1024' in caplog.text
+  # 8 devices are visible: those of the mesh count, along the sequence.
+  method = methods.get_method('apb')
+  for mesh in ((1, 1, 1), (1, 2, 1), (1, 1, 4), (1, 4, 2), (2, 1, 2)):
+    setting = dataclasses.replace(setting, mesh=mesh)
+    answers.make_engine(model, method, 512, setting)
+    assert made[-1][2].prefill == apb, mesh
+  setting = dataclasses.replace(setting, mesh=(2, 4, 1))
+  answers.make_engine(model, method, 512, setting)
+  assert made[-1][2].prefill != apb

@@ -198,6 +198,7 @@ class ApbPrefill(Prefill):
       raise ValueError(
         f'hosts={self.hosts} must be a multiple of the mesh axis seq={shards}'
       )
+    self._hosts_in_order(shards)  # refuses what zigzag order does not divide
     return self.hosts
 
   def misfit(self, cache) -> str | None:

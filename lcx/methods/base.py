@@ -230,7 +230,8 @@ class Prefill(Part):
 
     Args:
       config: the model's.
-      devices: number and kind, as in '4 x NVIDIA H100 80GB HBM3'.
+      devices: those that read one prompt: of one its kind, of several along
+        the sequence also their number, as in '4 x NVIDIA H100 80GB HBM3'.
     """
     del config, devices
     return 0

@@ -73,6 +73,8 @@ class RingPrefill(Prefill):
     return DensePrefill() if shards == 1 else self
 
   def pieces(self, shards: int) -> int:
+    if shards > 1:
+      self._group(shards)  # refuses what does not divide
     return shards * (2 if self.order == 'zigzag' else 1)
 
   def layout(

@@ -1,10 +1,12 @@
 """The run with a fake engine: rows, restarts, kills, bad input."""
 
 import errno
+import importlib
 import json
 import os
 import pathlib
 import random
+import re
 import subprocess
 import sys
 import time
@@ -27,6 +29,7 @@ from tests.experiments import fake
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 CONFIG = str(ROOT / 'configs' / 'quickstart.py')
+APB = str(ROOT / 'configs' / 'apb_quality.py')
 FAKE = str(pathlib.Path(__file__).parent / 'fake.py')
 CODE_VERSION = environment.code_version
 ARGS = [f'--config={CONFIG}:smoke', '--config.max_new_tokens=16']
@@ -296,6 +299,19 @@ def command(tmp_path, capsys, monkeypatch):
     ([f'--config={CONFIG}:smoek'], "'smoek' is not one of method, smoke"),
     ([f'--config={CONFIG}:method=qest'], "unknown method 'qest'"),
     (['--config=configs/nowhere.py'], 'nowhere.py'),
+    (
+      [f'--config={APB}:smoke', '--config.mesh=(1, 8, 1)'],
+      'length 512: hosts=2 must be a multiple of the mesh axis seq=8',
+    ),
+    (
+      [f'--config={APB}:smoke', "--config.protocols=('context_first',)"],
+      "compressor='query' scores keys by the question, but the prompt is read",
+    ),
+    (
+      [f'--config={APB}:smoke', '--config.mesh=(2, 1, 1)'],
+      'mesh axis data=2 must divide config.batch=1',
+    ),
+    ([f'--config={APB}:hosts=4,part=hosts'], 'part=hosts has its own'),
     ([], 'give --config=configs/NAME.py'),
     ([*ARGS, '--nosuchflag'], 'nosuchflag'),
     ([*ARGS, 'extra'], "'extra' is no flag"),
@@ -307,6 +323,20 @@ def test_bad_command_lines_give_one_line_and_code_2(command, args, says):
   assert said.err.startswith('error: ') and said.err.count('\n') == 1
   assert says in said.err
   assert fake.Engine.calls == 0
+
+
+def test_methods_of_the_readmes_commands_fit_their_meshes():
+  text = (ROOT / 'README.md').read_text()
+  found = re.findall(
+    r'--config=configs/(\w+)\.py:?(\S*)[\s\\]+["\']--config.mesh=\((.*?)\)',
+    text,
+  )
+  assert len(found) == 4
+  for name, arg, mesh in found:
+    module = importlib.import_module(f'configs.{name}')
+    for label, fields in run._plain(module.get_config(arg))['methods'].items():
+      method = evaluate.variant(label, fields).method
+      method.prefill.pieces(int(mesh.split(',')[1]))
 
 
 def test_workdir_that_cannot_be_written(tmp_path, command):
