@@ -328,9 +328,10 @@ class HostCache:
 
   def fork(self, sources: Int32[Array, 'B']) -> Self:
     """Rows that go on as others copy their tokens, not their index."""
-    handles = io_callback(
-      host_calls.fork,
-      _like(self.handles),
+    row = _like(self.handles)
+    handles, fault = io_callback(
+      functools.partial(host_calls.fork, host=self.config),
+      (row, row),
       self.handles,
       self.ring.used,
       sources,
@@ -339,7 +340,7 @@ class HostCache:
       self,
       ring=self.ring.fork(sources),
       handles=handles,
-      fault=self.fault[sources],
+      fault=jnp.maximum(self.fault[sources], fault),
     )
 
   def free(self, rows: Bool[Array, 'B']) -> Self:
@@ -370,9 +371,8 @@ class HostCache:
     )
 
   def _after(self, ring, handles, fault) -> Self:
-    return dataclasses.replace(
-      self, ring=ring, handles=handles, fault=jnp.maximum(self.fault, fault)
-    )
+    first = jnp.where(self.fault > 0, self.fault, fault)  # those after follow
+    return dataclasses.replace(self, ring=ring, handles=handles, fault=first)
 
   def pages(self) -> Pages:
     """The device's pool."""

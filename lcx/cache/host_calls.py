@@ -304,21 +304,24 @@ def index(handles, used, near, *, numbers, search, folder, host):
   return fault
 
 
-def fork(handles, used, sources):
-  """Handles of rows that go on as copies of others."""
+def fork(handles, used, sources, *, host):
+  """(handles, faults) of rows that go on as copies of others."""
   handles, used = np.asarray(handles), np.asarray(used)
   sources = np.asarray(sources)
-  forked = handles[sources].copy()
+  forked, fault = handles[sources].copy(), np.zeros(len(sources), np.int32)
 
   def copy(b):
-    row = row_of(int(forked[b])).clone()
-    row.truncate(int(used[sources[b]]))
-    forked[b] = add(row)
+    source = row_of(int(forked[b]))
+    with source.lock, room(host, source, source.bytes_to_clone()):
+      row = source.clone()
+      row.truncate(int(used[sources[b]]))
+      forked[b] = add(row)
 
   for b in np.flatnonzero((sources != np.arange(len(sources))) & (forked >= 0)):
-    if guarded(copy, b):
-      forked[b] = 0  # no row has handle 0: its next use says GONE
-  return forked
+    fault[b] = guarded(copy, b)
+    if fault[b]:
+      forked[b] = 0  # no row's handle: it is not the source's, which goes on
+  return forked, fault
 
 
 def release_rows(handles, rows):

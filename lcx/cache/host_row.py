@@ -176,6 +176,10 @@ class Row:
       self._widened = begin, max(begin, min(end, used))
     self.used = used
 
+  def bytes_to_clone(self) -> int:
+    """Bytes that `clone` would allocate."""
+    return self.k.nbytes + self.v.nbytes + self.at.nbytes
+
   def clone(self) -> 'Row':
     """A copy without an index: its tokens are scanned."""
     row = Row(self.k.shape[0], self.k.shape[2], self.k.dtype)

@@ -130,6 +130,19 @@ def test_memory_is_bounded_and_others_keep_theirs():
   np.testing.assert_array_equal(kept.k[:, :2], KEYS[[1, 4]].swapaxes(0, 1))
 
 
+def test_a_copy_without_room_ends_and_its_source_goes_on():
+  cache = grow([ROWS[0], [], [], ROWS[3]])
+  room = host_calls.held_bytes() + 1000
+  config = dataclasses.replace(CONFIG, gigabytes=room / 2**30)
+  handles = np.asarray(cache.handles)
+  forked, fault = host_calls.fork(
+    handles, cache.used, np.array([0, 0, 2, 3]), host=config
+  )
+  np.testing.assert_array_equal(fault, [0, Fault.FULL, 0, 0])
+  np.testing.assert_array_equal(forked, [handles[0], 0, -1, handles[3]])
+  assert host_calls.held_bytes() <= config.bound()
+
+
 def test_an_index_counts_before_it_is_built():
   """A row that has no room for its index ends; it does not answer without."""
   rule = dataclasses.replace(SEARCH, top=4)
