@@ -77,8 +77,8 @@ class Config:
   recall: float = 0.0
   layers: tuple[int, ...] = ()
   asked: int = 32
-  queries: int = 2048
-  neighbours: int = 64
+  queries: int = 8192
+  neighbours: int = 32
   degree: int = 32
   repeats: int = 10
   dtype: Literal['float32', 'bfloat16'] = 'bfloat16'

@@ -70,8 +70,8 @@ class RetrievalDecode(Decode):
   most: int = 2000
   sink: int = 128
   recent: int = 512
-  queries: int = 2048
-  neighbours: int = 64
+  queries: int = 8192
+  neighbours: int = 32
   degree: int = 32
   graphs: str = 'kv_head'
   folder: str = ''
