@@ -269,23 +269,23 @@ class Engine:
           donate=(2, 3),
           room=room,
         )
-        continue
-      if shared is not None:
-        inputs.append(x)
-      x, caches[i], states[i], more = self._call(
-        'prefill' if shared is None else 'prefill kept',
-        steps.prefill_layer,
-        layer,
-        x,
-        caches[i],
-        states[i],
-        *rest,
-        self.learned[i],
-        donate=(1, 2, 3) if shared is None else (2, 3),
-        room=room,
-      )
-      sums.append(more)
-    for i in range(len(caches)):
+      else:
+        if shared is not None:
+          inputs.append(x)
+        x, caches[i], states[i], more = self._call(
+          'prefill' if shared is None else 'prefill kept',
+          steps.prefill_layer,
+          layer,
+          x,
+          caches[i],
+          states[i],
+          *rest,
+          self.learned[i],
+          donate=(1, 2, 3) if shared is None else (2, 3),
+          room=room,
+        )
+        sums.append(more)
+      # Here, so that an index is built in the host while later layers are read.
       states[i] = self._call('start', steps.start_layer, caches[i], states[i])
     filled = tuple(caches), tuple(states)
     if known is not None:
