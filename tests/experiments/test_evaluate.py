@@ -430,6 +430,7 @@ def test_killed_five_times_gives_the_report_of_an_unbroken_run(tmp_path):
     assert kill.wait(60) == -9
   assert not (broken / 'report.md').exists()
   last = start(broken)
+  assert last.stderr is not None
   assert last.wait(60) == 0, last.stderr.read()
   assert whole.wait(60) == 0
   assert essence(broken) == essence(tmp_path / 'whole')
