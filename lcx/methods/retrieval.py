@@ -41,6 +41,7 @@ from lcx.select.vector_index_nearest import nearest, sampled
 
 _EFFORT = {'graph': 200, 'hnsw': 200, 'ivf': 64, 'flat': 0, 'exact': 0}
 _HELD_OUT = 16  # of as many sampled tokens of the last quarter, one
+_WANTED = 100  # nearest keys of a held-out query, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +209,7 @@ class RetrievalDecode(Decode):
         jnp.where(out_at >= 0, last, -1),
         keys,
         key_at,
-        min(self.top, self.neighbours),
+        min(self.top, _WANTED),
       ),
       heads_of(out),
       centre.astype(jnp.float32),
