@@ -18,16 +18,28 @@ from lcx.methods.compose import legal
 from lcx.models import transformer
 from lcx.models.presets import PRESETS
 
-# One worker, and method by method (which scope='module' does): what is sharded
-# is compared with programs that the tests before it compiled.
-every_method = pytest.mark.parametrize(
-  'name',
-  [
-    pytest.param(name, marks=pytest.mark.xdist_group('mesh'))
-    for name in methods.names()
-  ],
-  scope='module',
-)
+# They differ from `ring` in their layout, which test_distributed compares.
+LAYOUTS = ('ring_contiguous', 'ring_striped')
+
+
+def each(part=''):
+  """Every method; where a test is of one part, those that have a part anew.
+
+  The others, which have dense's, are left to the long run. All on one worker,
+  and method by method (which scope='module' does): what is sharded is compared
+  with programs that the tests before it compiled.
+  """
+  dense, params = methods.get_method('dense'), []
+  for name in methods.names():
+    method, marks = methods.get_method(name), [pytest.mark.xdist_group('mesh')]
+    again = part and getattr(method, part) == getattr(dense, part)
+    if name in LAYOUTS or (again and name != 'dense'):
+      marks.append(pytest.mark.long)
+    params.append(pytest.param(name, marks=marks))
+  return pytest.mark.parametrize('name', params, scope='module')
+
+
+every_method = each()
 
 CONFIG = dataclasses.replace(PRESETS['tiny'], dtype='float32')
 CAPACITY = 384
@@ -149,7 +161,7 @@ def test_a_longer_neighbour_does_not_matter(name):
   chex.assert_trees_all_close(*scores, rtol=1e-4, atol=1e-4)
 
 
-@every_method
+@each('decode')
 def test_what_was_rewound_leaves_no_trace(name):
   """Tokens after a mark, and their answers, are as if they had never been."""
   engine = tight(name)
@@ -171,7 +183,7 @@ def test_what_was_rewound_leaves_no_trace(name):
   )
 
 
-@every_method
+@each('prefill')
 def test_no_value_from_the_future_reaches_an_output(name):
   """Of the prompt's outputs, none depends on a later token's value.
 
@@ -222,7 +234,7 @@ def test_no_value_from_the_future_reaches_an_output(name):
   assert not np.all(same[source >= changed])
 
 
-@every_method
+@each('decode')
 def test_decode_traces_once(name):
   engine = tight(name)
   session = engine.prefill([prompt(6)], 0)

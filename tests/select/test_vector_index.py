@@ -348,7 +348,7 @@ def test_probed_clusters_find_the_best_tokens():
 
   def run(probe):
     spec = jax.sharding.PartitionSpec()
-    return jax.shard_map(
+    search = jax.shard_map(
       lambda g: vc.search(
         index,
         g,
@@ -361,7 +361,8 @@ def test_probed_clusters_find_the_best_tokens():
       in_specs=spec,
       out_specs=spec,
       check_vma=False,
-    )(grouped)
+    )
+    return jax.jit(search)(grouped)
 
   logits = np.einsum('tgh,sh->tgs', grouped[0, 0], x) / DIM**0.5
   weight = np.exp(logits - logits.max(-1, keepdims=True))
