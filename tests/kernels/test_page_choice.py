@@ -1,7 +1,6 @@
 """Page choice: every implementation makes the definition's, tie for tie."""
 
 import functools
-import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 
+from experiments import gpu_schedule
 from kernels_pallas import page_choice
 from kernels_pallas.page_choice import gpu, reference, xla
 
@@ -318,35 +318,9 @@ def test_it_lowers_through_triton(size):
   assert lowered.as_text().count('__gpu$xla.gpu.triton') == 2
 
 
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_core: 233472
-  threads_per_core_limit: 2048
-  core_count: 132
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000
-  l2_cache_size: 52428800
-  clock_rate_ghz: 1.98
-  device_memory_size: 84942979072
-  shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
-
-
 @pytest.mark.h100_aot
 @pytest.mark.skipif(
-  importlib.util.find_spec('jax_cuda13_plugin') is None,
+  gpu_schedule.missing() is not None,
   reason='jax-cuda13-plugin, which compiles for CUDA, is not installed',
 )
 @pytest.mark.parametrize('size', SIZES)
@@ -354,7 +328,10 @@ def test_it_compiles_for_an_h100(size):
   """Registers and shared memory suffice; nothing but the two kernels runs."""
   choose, specs = on_an_h100(*size)
   topology = topologies.get_topology_desc(
-    platform='cuda', topology_name='h100', topology='1x1x1', target_config=H100
+    platform='cuda',
+    topology_name='h100',
+    topology='1x1x1',
+    target_config=gpu_schedule.H100,
   )
   chip = jax.sharding.SingleDeviceSharding(topology.devices[0])
   args = [jax.ShapeDtypeStruct(*spec, sharding=chip) for spec in specs]
