@@ -4,8 +4,8 @@ A context is read; then the model writes `new_tokens` tokens, which nothing
 stops; then a question about the context is fed through the decode path and
 answered. Of each method: the first token that is not dense attention's, the
 share of tokens that stand where dense attention has them, and the answer's
-score beside dense attention's. A row is a sample under one method; those that
-are in results.jsonl already are not made again.
+score beside dense attention's. A row is a sample under one method; those in
+results.jsonl that have a score are not made again.
 """
 
 import dataclasses
@@ -87,7 +87,11 @@ def run(config: Config, workdir: pathlib.Path) -> None:
       for i in range(config.samples)
       for v in variants
     }
-    missing = [at for at, key in keys.items() if key not in results.rows]
+    missing = [
+      at
+      for at, key in keys.items()
+      if results.rows.get(key, {}).get('score') is None
+    ]
     if missing:
       model = evaluate.load(source, dtype, config.weights)
       for (variant, i), found in _written(config, model, task, missing):

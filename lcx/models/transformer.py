@@ -265,7 +265,7 @@ def attention_inputs(
   with jax.named_scope('attention_inputs'):
     x = rms_norm(x, layer['attention_norm'], config.norm_eps)
     # Matrices have two axes, or XLA's CPU compiler transposes the weights at
-    # every call (22 ms a token for SmolLM2, not 2).
+    # every call.
     qkv = _einsum('btd,od->bto', x, layer['qkv'].reshape(-1, config.d_model))
     qkv = qkv.reshape(*x.shape[:2], -1, config.group + 2, config.head_dim)
     if config.qkv_bias:

@@ -17,8 +17,7 @@ faiss: Any = importlib.import_module('faiss')  # its types are generated
 # concentrated: 96 and 173 of 20000 in two synthetic sets where cliques win by a
 # wide margin (recall .99 against .85 of a pivot graph at an equal scan).
 _FEW = 0.02
-# By which cliques must win: for an equal recall they compute more products
-# (8.3% of the keys against 7.2%, six heads of Qwen2.5-Coder-0.5B at 32K).
+# By which cliques must win: for an equal recall they compute more products.
 _MARGIN = 0.02
 # Of all vectors, removed ones at which the others are numbered anew: that is a
 # pass over all links, less than it took to add so many.

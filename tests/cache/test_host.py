@@ -159,7 +159,7 @@ def test_an_index_counts_before_it_is_built():
   assert host_calls.held_bytes() <= config.bound()
 
 
-@pytest.mark.skipif(not has_faiss(), reason='an index that holds keys')
+@pytest.mark.skipif(not has_faiss(), reason="needs faiss: 'lcx[index]'")
 def test_tokens_that_join_count_and_a_row_without_room_ends_alone(monkeypatch):
   """Both want to join tokens; there is room for those of one."""
   monkeypatch.setattr(host_row, '_JOIN', 16)

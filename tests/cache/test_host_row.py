@@ -279,7 +279,7 @@ def test_a_context_is_indexed_once(tmp_path):
   check_refused(tmp_path, path, stranger.read_bytes(), 'of another context')
 
 
-@pytest.mark.skipif(not vi.has_faiss(), reason='kinds that faiss searches')
+@pytest.mark.skipif(not vi.has_faiss(), reason="needs faiss: 'lcx[index]'")
 def test_another_configuration_has_an_index_of_its_own(tmp_path):
   """Of the same keys; none serves another's request, none is in its way."""
   n = 256
