@@ -96,11 +96,12 @@ def run(config: Config, workdir: pathlib.Path) -> None:
       model = evaluate.load(source, dtype, config.weights)
       for (variant, i), found in _written(config, model, task, missing):
         # Dense attention's own row is there: it is the first of its sample.
-        first = results.rows.get(keys[variants[0], i])
-        tokens = first['tokens'] if first else found['tokens']
+        dense = found
+        if variant is not variants[0]:
+          dense = results.rows[keys[variants[0], i]]
         row = {'key': keys[variant, i], **shared, 'method': variant.label}
         row |= {'sample': i, **variant.parts, **found}
-        row |= _beside(tokens, found['tokens'])
+        row |= _beside(dense['tokens'], found['tokens'])
         row |= {'versions': where['versions'], 'git': where['git']}
         row |= {'command': environment.command()}
         now = datetime.datetime.now(datetime.UTC)
