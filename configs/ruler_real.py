@@ -7,9 +7,10 @@ Give one workdir to all pieces: rows that are there are not made again, and each
 piece reports its own. Arguments: `model=qwen` (Qwen2.5-Coder-0.5B-Instruct, 4K
 to 32K) or `model=smollm` (SmolLM2-135M-Instruct, 2K to 8K, and 16K beyond what
 it was trained for); `length=`, `method=` (beside dense), `task=`, `protocol=`
-(whole or context_first) narrow a piece; `samples=100` for cells that carry a
-claim; `smoke`. The weights are files of `.cache/models`, or
-`--config.model=PATH`; every row carries their SHA-256.
+(whole or context_first) narrow a piece; `few` keeps the methods that have
+numbers here; `samples=100` for cells that carry a claim; `smoke`. The weights
+are files of `.cache/models`, or `--config.model=PATH`; every row carries their
+SHA-256.
 """
 
 from configs import common
@@ -55,7 +56,14 @@ _METHODS = {
 
 def get_config(arg=''):
   arg = common.parse_arg(
-    arg, model='qwen', length=0, method='', task='', protocol='', samples=20
+    arg,
+    model='qwen',
+    length=0,
+    method='',
+    task='',
+    protocol='',
+    samples=20,
+    few=False,
   )
   if arg.model not in _MODELS:
     raise ValueError(
@@ -66,6 +74,8 @@ def get_config(arg=''):
   config.model = model
   config.dtype = 'auto'
   config.methods = common.methods(arg.method, _METHODS)
+  if arg.few and not arg.method:
+    del config.methods['*']
   names = (arg.task,) if arg.task else _TASKS
   config.tasks = common.table({name: {} for name in names})
   config.lengths = (arg.length,) if arg.length else lengths

@@ -2,8 +2,9 @@
 
 python -m experiments.run --config=configs/selectors.py
 
-Arguments: `method=NAME` (that method beside dense), `length=N`, `samples=N`,
-`smoke` (a tiny model with random weights, seconds, no download).
+Arguments: `method=NAME` (that method beside dense), `few` (one row a method),
+`task=NAME`, `protocol=NAME`, `length=N`, `samples=N`, `smoke` (a tiny model with
+random weights, seconds, no download).
 `--config.model=PATH` takes any Hugging Face folder or GGUF file.
 
 Both protocols: the context first, then the question through the decode path;
@@ -21,10 +22,12 @@ SELECT = {'dense_below': 0}
 
 
 def get_config(arg=''):
-  arg = common.parse_arg(arg, method='', length=0, samples=100)
+  arg = common.parse_arg(
+    arg, method='', few=False, task='', protocol='', length=0, samples=100
+  )
   config = common.base('evaluate', 'Block selectors: density and quality')
   config.model = '.cache/models/SmolLM2-135M-Instruct.Q4_1.gguf'
-  config.dtype = 'float32'
+  config.dtype = 'auto'
   # xattention: stride 16 and threshold 0.9, its default.
   rows = {
     'dense': {},
@@ -34,17 +37,19 @@ def get_config(arg=''):
     'snapkv': {'decode': {'budget': 512}},
     'xattention': {'prefill': SELECT},
   }
-  if not arg.method and not arg.smoke:
+  if not (arg.method or arg.few or arg.smoke):
     rows |= sweep()
   if arg.smoke and not arg.method:
     # Attention of random weights is flat: a threshold would leave out nothing.
     few = {'prefill': {'threshold': None, 'density': 0.25} | SELECT}
     rows = {'dense': {}, 'snapkv': rows['snapkv'], 'xattention': few}
   config.methods = common.methods(arg.method, rows)
-  config.tasks = common.table({'niah_single_2': {}, 'niah_multikey_1': {}})
+  tasks = (arg.task,) if arg.task else ('niah_single_2', 'niah_multikey_1')
+  config.tasks = common.table({task: {} for task in tasks})
   config.lengths = (arg.length,) if arg.length else (2048, 4096, 8192)
   config.samples = arg.samples
-  config.protocols = ('context_first', 'whole')
+  both = ('context_first', 'whole')
+  config.protocols = (arg.protocol,) if arg.protocol else both
   config.max_new_tokens = 24
   config.batch = 1
   config.capacity = 0

@@ -1,12 +1,14 @@
 """selected_token on Hopper: Pallas Mosaic GPU.
 
 A program attends the queries of one kv head over one split of its page list:
-one warpgroup that keeps a ring of TMA copies in flight ahead of itself. The
-queries (T * G of them) are padded to the 64 rows of a wgmma; decoding is bound
-by bytes, so the padding is free. Splits are merged by XLA.
+one warpgroup that keeps a ring of TMA copies in flight ahead of itself. The 64
+rows of a wgmma are keys (of the scores), then channels (of the output); the
+queries, T * G of them, are its columns, of which it takes any 8. So the softmax
+is of T * G numbers a key and not of 64. Splits are merged by XLA.
 
-Quantised pages are spread to bfloat16 in shared memory, as codes; scales and
-zeros multiply the scores and the weights, not the keys and values:
+Quantised pages are spread to bfloat16 as codes, keys in registers, values in
+shared memory; scales and zeros multiply the scores and the weights, not the
+keys and values:
   q . k = k_scale * (q . code - k_zero * sum(q))
   sum_s p v = sum_s (p v_scale) code - sum_s p v_scale v_zero
 """
@@ -23,11 +25,13 @@ from jaxtyping import Array, Float, Int32
 
 from kernels_pallas import dispatch, mosaic_gpu
 from kernels_pallas.keys import Pages
-from kernels_pallas.mosaic_gpu import LOG2E, ROW, ROWS, across, tiled
+from kernels_pallas.mosaic_gpu import LOG2E, tiled
 from kernels_pallas.partial import Partial, merge_axis
 
 SPREAD4 = 128.0  # what `_spread4` adds to every code
-COLUMN = plgpu.Layout.WGMMA.reduce(0)  # one number a key
+KEY = plgpu.Layout.WGMMA.reduce(1)  # one number a key
+QUERY = plgpu.Layout.WGMMA.reduce(0)  # one number a query
+QUERIES = 64  # of a program, at most
 UNUSED = 2**30  # a page that starts there is never visible
 # Programs for each of 132 multiprocessors, and the shared memory of one (of
 # 227 KiB together). Reading 16-bit pages is bound by bytes: one program with
@@ -183,7 +187,8 @@ def _attend(
   rows = rows.reshape(b, kv, t * group, h)
   if t * group > 8:  # TMA takes fewer than 8 rows, or whole groups of 8
     rows = mosaic_gpu.pad_to(rows, 2, 8)
-  blocks = -(-t * group // ROWS)
+  wide = min(QUERIES, -(-t * group // 8) * 8)  # queries of a program
+  blocks = -(-t * group // wide)
   programs = MULTIPROCESSORS * PROGRAMS[pages.bits]
   splits = sizes.splits or max(1, programs // (b * kv * blocks))
   keys = sizes.keys
@@ -222,9 +227,10 @@ def _attend(
     scale=scale,
     splits=splits,
     keys=keys,
-    stages=sizes.stages or _default_stages(h, pages, keys),
+    wide=wide,
+    stages=sizes.stages or _default_stages(h, pages, keys, wide),
   )
-  part = _merge_splits(out, lse)
+  part = _merge_splits(out.swapaxes(-1, -2), lse)
   out, lse = part.out[:, :, : t * group], part.lse[:, :, : t * group]
   if pages.bits == 4:
     out = out.reshape(b, kv, -1, 4, h // 8, 2).transpose(0, 1, 2, 4, 5, 3)
@@ -251,26 +257,25 @@ def _merge_splits(out, lse) -> Partial:
   return Partial(merged / safe[..., None], jnp.log(total) + top)
 
 
-def _default_stages(h: int, pages: Pages, keys: int) -> int:
-  spread = 0 if pages.bits == 16 else 2 * keys
+def _default_stages(h: int, pages: Pages, keys: int, wide: int) -> int:
+  spread = {16: 0, 8: 1, 4: 2}[pages.bits] * keys
   scales = {16: 0, 8: 8, 4: 16}[pages.bits] * keys
-  fixed = 2 * h * (ROWS + spread)
+  fixed = 2 * h * (wide + spread) + 2 * wide * (keys + 2)
   stage = keys * h * pages.bits // 4 + scales
   room = SHARED_BYTES // PROGRAMS[pages.bits] - fixed
   return max(2, min(8, room // stage))
 
 
-def _spread4(words, which, slot):
-  """Turns a tile of 4-bit codes into bfloat16 numbers 128 + code.
+def _spread4(source, target):
+  """Turns a tile of 4-bit codes into bfloat16 numbers 128 + code, as words.
 
   0x4300 | code is that number: its unit is the lowest bit of the mantissa.
   """
-  _, ring, spread = words
-  word = ring['kv'[which]].at[slot][...]
+  word = source[...]
   width = word.shape[1]
   for i in range(4):
     nibbles = lax.shift_right_logical(word, jnp.int32(4 * i))
-    spread[which][:, i * width : (i + 1) * width] = lax.bitwise_or(
+    target[:, i * width : (i + 1) * width] = lax.bitwise_or(
       lax.bitwise_and(nibbles, jnp.int32(0x000F000F)), jnp.int32(0x43004300)
     )
 
@@ -290,6 +295,7 @@ def _decode(
   scale,
   splits,
   keys,
+  wide,
   stages,
 ):
   """Partials of every split.
@@ -308,15 +314,15 @@ def _decode(
     scale: of the scores.
     splits: programs a (row, kv head).
     keys: of a tile.
+    wide: queries of a program, a multiple of 8.
     stages: tiles in flight.
 
   Returns:
-    out [B K splits Rp H] float32, lse [B K splits Rp] float32, Rp >= R.
+    out [B K splits H Rp] float32, lse [B K splits Rp] float32, Rp >= R.
   """
   b, kv, r, h = rows.shape
   dtype = rows.dtype
-  blocks = -(-r // ROWS)
-  kept = min(r, ROWS)  # rows written
+  blocks = -(-r // wide)
   factor = scale * LOG2E
   bits = pages.bits
   page = pages.page
@@ -329,12 +335,18 @@ def _decode(
   queries = q_positions.shape[1]
   operands = {'q': rows, 'ids': ids, 'starts': starts, 'at': q_positions}
   operands |= {'used': used, 'sink': sink, 'window': window}
+  if bits == 4:
+    q_sum = jnp.sum(rows, axis=3, dtype=jnp.float32)
+    operands['q_sum'] = mosaic_gpu.pad_to(q_sum, 2, blocks * wide)
   operands = {name: x for name, x in operands.items() if x is not None}
 
   def kernel(*refs):
     given = dict(zip([*operands, *pool], refs))
     out_ref, lse_ref, barriers, memory = refs[-4:]
-    (q_smem, ring, spread), words, (out_smem, lse_smem) = memory
+    (q_smem, p_smem, sum_smem, ring, spread), words, last = memory
+    out_smem, lse_smem = last
+    if bits == 4:
+      *_, word_ring, word_spread = words
     b_at = lax.axis_index('batch')
     head = lax.div(lax.axis_index('heads'), jnp.int32(blocks))
     block = lax.rem(lax.axis_index('heads'), jnp.int32(blocks))
@@ -378,40 +390,45 @@ def _decode(
         copy(begin + s, ids_now, s, K_PARTS, k_full)
         copy(begin + s, ids_now, s, V_PARTS, v_full)
 
-    plgpu.copy_gmem_to_smem(
-      given['q'].at[b_at, head, pl.ds(block * ROWS, ROWS)], q_smem, q_full
+    mine = pl.ds(block * wide, wide)
+    plgpu.copy_gmem_to_smem(given['q'].at[b_at, head, mine], q_smem, q_full)
+    if bits == 4:
+      plgpu.copy_gmem_to_smem(
+        given['q_sum'].at[b_at, head, mine], sum_smem, q_full
+      )
+    # Position of each query; those past the last are dropped in the end.
+    number = block * wide + plgpu.broadcasted_iota(
+      jnp.int32, (wide,), 0, layout=QUERY
     )
-    # Position of each row's query; rows past the last are dropped in the end.
-    row = block * ROWS + plgpu.broadcasted_iota(
-      jnp.int32, (ROWS,), 0, layout=ROW
-    )
-    # From the rows' numbers even for one query: on a constant the compiler's
+    # From the queries' numbers even for one: on a constant the compiler's
     # search for layouts takes minutes.
-    p_row = row
+    p_query = number
     for i in range(queries):
-      p_row = jnp.where(row >= i * group, given['at'][b_at, i], p_row)
+      p_query = jnp.where(number >= i * group, given['at'][b_at, i], p_query)
     if sink is not None:
       sink_now, window_now = given['sink'][head], given['window'][head]
     plgpu.barrier_wait(q_full)
     if bits == 4:
-      q_sum = plgpu.load(q_smem, layout=plgpu.Layout.WGMMA)
-      q_sum = q_sum.astype(jnp.float32).sum(axis=1)
+      q_sum = plgpu.load(sum_smem, layout=QUERY)
 
-    def along(columns):
-      return lax.broadcast_in_dim(columns, (ROWS, keys), (1,))
+    def of_keys(x):
+      return lax.broadcast_in_dim(x, (keys, wide), (0,))
+
+    def of_queries(x, n=keys):
+      return lax.broadcast_in_dim(x, (n, wide), (1,))
 
     def mask(scores, starts_now, offset, slot):
-      column = plgpu.broadcasted_iota(
-        jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA
+      row = plgpu.broadcasted_iota(
+        jnp.int32, scores.shape, 0, layout=plgpu.Layout.WGMMA
       )
       if positions is not None:
-        s = along(plgpu.load(ring['position'].at[slot], layout=COLUMN))
+        s = of_keys(plgpu.load(ring['position'].at[slot], layout=KEY))
       else:
-        s = starts_now[0] + offset + column
+        s = starts_now[0] + offset + row
         for i in range(1, joined):
           start = starts_now[i] - i * span
-          s = jnp.where(column >= i * span, start + column, s)
-      p = across(p_row, s.shape)
+          s = jnp.where(row >= i * span, start + row, s)
+      p = of_queries(p_query)
       seen = s <= p
       if sink is not None:
         seen &= (s < sink_now) | (s > p - window_now)
@@ -433,88 +450,96 @@ def _decode(
         def _():
           copy(begin + ahead, ids_next, slot, names, barrier)
 
-      def matrix(which):
-        """Keys (0) or values (1) of the tile, ready for a wgmma."""
+      def codes(name):
+        tile = ring[name].at[slot]
+        found = plgpu.load(tile, layout=plgpu.Layout.WGMMA_UPCAST_2X)
+        return found.astype(dtype)
+
+      def tile_of(name):
+        """Keys or values of the tile, in shared memory."""
         if bits == 16:
-          return ring['kv'[which]].at[slot]
+          return ring[name].at[slot]
         if bits == 8:
-          codes = plgpu.load(
-            ring['kv'[which]].at[slot], layout=plgpu.Layout.WGMMA_UPCAST_2X
-          )
-          spread[which][...] = codes.astype(dtype)
+          spread[name][...] = codes(name)
         else:
-          _spread4(words, which, slot)
+          _spread4(word_ring[name].at[slot], word_spread[name])
         plgpu.commit_smem()
-        return spread[which]
+        return spread[name]
 
       plgpu.barrier_wait(k_full.at[slot])
-      key_tile = matrix(0)
+      if bits == 8:
+        key_tile = plgpu.layout_cast(codes('k'), plgpu.Layout.WGMMA)
+      else:
+        key_tile = tile_of('k')
 
       def compute_scores(s_ref):
-        plgpu.wgmma(s_ref, q_smem, key_tile.transpose((1, 0)))
+        plgpu.wgmma(s_ref, key_tile, q_smem.transpose((1, 0)))
         return s_ref[...]
 
       scores = pl.run_scoped(
-        compute_scores, plgpu.ACC((ROWS, keys), jnp.float32)
+        compute_scores, plgpu.ACC((keys, wide), jnp.float32)
       )
       if bits < 16:
-        k_scale = along(plgpu.load(ring['k_scale'].at[slot], layout=COLUMN))
+        k_scale = of_keys(plgpu.load(ring['k_scale'].at[slot], layout=KEY))
         if bits == 4:
-          k_zero = along(plgpu.load(ring['k_zero'].at[slot], layout=COLUMN))
-          scores -= (k_zero + SPREAD4) * across(q_sum, scores.shape)
+          k_zero = of_keys(plgpu.load(ring['k_zero'].at[slot], layout=KEY))
+          scores -= (k_zero + SPREAD4) * of_queries(q_sum)
         scores *= k_scale
       scores = mask(scores, starts_now, offset, slot)
       refill(K_PARTS, k_full)
-      p, top, total, decay = mosaic_gpu.softmax_step(
-        scores, top, total, factor, True
-      )
-      acc *= across(decay, acc.shape)
+      new_top = jnp.maximum(top, scores.max(axis=0) * factor)
+      # Nothing seen: subtract 0, so that exp2(-inf - -inf) is no NaN.
+      base = jnp.where(new_top == -jnp.inf, 0.0, new_top)
+      p = jnp.exp2(scores * factor - of_queries(base))
+      decay = jnp.exp2(top - base)
+      # Sums stay with the keys' rows until the end: no exchange of threads.
+      total = total * of_queries(decay) + p
+      acc *= of_queries(decay, h)
       plgpu.barrier_wait(v_full.at[slot])
-      values = matrix(1)
       if bits < 16:
-        p *= along(plgpu.load(ring['v_scale'].at[slot], layout=COLUMN))
+        p *= of_keys(plgpu.load(ring['v_scale'].at[slot], layout=KEY))
       weights = p.astype(dtype)
       if bits == 4:
         # The rounded weights, so that the zeros cancel exactly what the codes'
         # offsets entered. (A split in float32 would be cheaper, but contracts
         # to the unrounded weights.)
-        v_zero = along(plgpu.load(ring['v_zero'].at[slot], layout=COLUMN))
+        v_zero = of_keys(plgpu.load(ring['v_zero'].at[slot], layout=KEY))
         moved = weights.astype(jnp.float32) * (v_zero + SPREAD4)
-        offsets = offsets * decay + moved.sum(axis=1)
+        offsets = offsets * of_queries(decay) + moved
+      p_smem.transpose((1, 0))[...] = weights
+      if bits == 16:
+        plgpu.commit_smem()
+      values = tile_of('v')
 
       def add_values(acc_ref):
-        plgpu.wgmma(acc_ref, weights, values)
+        plgpu.wgmma(acc_ref, values.transpose((1, 0)), p_smem.transpose((1, 0)))
 
       acc = pl.run_state(add_values)(plgpu.ACC.init(acc))
       refill(V_PARTS, v_full)
-      return acc, top, total, offsets
+      return acc, new_top, total, offsets
 
-    acc = plgpu.layout_cast(
-      jnp.zeros((ROWS, h), jnp.float32), plgpu.Layout.WGMMA
-    )
-    top = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), ROW)
-    total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
+    def zeros(n):
+      return plgpu.layout_cast(
+        jnp.zeros((n, wide), jnp.float32), plgpu.Layout.WGMMA
+      )
+
+    top = plgpu.layout_cast(jnp.full((wide,), -jnp.inf, jnp.float32), QUERY)
     acc, top, total, offsets = lax.fori_loop(
-      0, count, step, (acc, top, total, total)
+      0, count, step, (zeros(h), top, zeros(keys), zeros(keys))
     )
+    total = total.sum(axis=0)
     if bits == 4:
-      acc -= across(offsets, acc.shape)
+      acc -= of_queries(offsets.sum(axis=0), h)
 
     seen = total > 0.0
     safe = jnp.where(seen, total, 1.0)
-    out_smem[...] = acc * across(1.0 / safe, acc.shape)
+    out_smem[...] = acc * of_queries(1.0 / safe, h)
     lse_smem[...] = jnp.where(
       seen, (top + jnp.log2(safe)) * (1.0 / LOG2E), -jnp.inf
     )
     plgpu.commit_smem()
-    first = block * ROWS
-    plgpu.copy_smem_to_gmem(
-      out_smem.at[pl.ds(0, kept)],
-      out_ref.at[b_at, head, split, pl.ds(first, kept)],
-    )
-    plgpu.copy_smem_to_gmem(
-      lse_smem, lse_ref.at[b_at, head, split, pl.ds(first, ROWS)]
-    )
+    plgpu.copy_smem_to_gmem(out_smem, out_ref.at[b_at, head, split, :, mine])
+    plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[b_at, head, split, mine])
     plgpu.wait_smem_to_gmem(0)
 
   def stage(x, as_words=False):
@@ -526,7 +551,25 @@ def _decode(
 
   # Each step of `_spread4` writes one swizzled row of h / 4 bfloat16 numbers.
   swizzle = h // 2 if bits == 4 else 128
-  width = (blocks - 1) * ROWS + kept
+  through = {16: '', 8: 'v', 4: 'kv'}[bits]  # spread in shared memory
+  fixed = (
+    tiled((wide, h), dtype, swizzle),
+    tiled((wide, keys), dtype, swizzle),
+  )
+  fixed += (plgpu.SMEM((wide,), jnp.float32),)
+  numbers = (
+    *fixed,
+    {name: stage(x) for name, x in pool.items()},
+    {name: tiled((keys, h), dtype, swizzle) for name in through},
+  )
+  # int4 pages and their spread codes, as words.
+  words = (
+    *fixed,
+    {name: stage(x, as_words=True) for name, x in pool.items()},
+    {name: tiled((keys, h // 2), jnp.int32, swizzle) for name in through},
+  )
+  last = (plgpu.SMEM((h, wide), jnp.float32), plgpu.SMEM((wide,), jnp.float32))
+  width = blocks * wide
   k_full, v_full = (
     plgpu.Barrier(
       num_arrivals=joined * len(parts & pool.keys()), num_barriers=stages
@@ -536,34 +579,16 @@ def _decode(
   out, lse = plgpu.kernel(
     kernel,
     out_type=(
-      jax.ShapeDtypeStruct((b, kv, splits, width, h), jnp.float32),
-      jax.ShapeDtypeStruct((b, kv, splits, blocks * ROWS), jnp.float32),
+      jax.ShapeDtypeStruct((b, kv, splits, h, width), jnp.float32),
+      jax.ShapeDtypeStruct((b, kv, splits, width), jnp.float32),
     ),
     scratch_types=[
-      (plgpu.Barrier(), k_full, v_full),
+      (plgpu.Barrier(num_arrivals=1 + (bits == 4)), k_full, v_full),
       # The output takes the place of the queries and the ring.
-      plgpu.RefUnion(
-        (
-          tiled((ROWS, h), dtype, swizzle),
-          {name: stage(x) for name, x in pool.items()},
-          () if bits == 16 else (tiled((keys, h), dtype, swizzle),) * 2,
-        ),
-        # int4 pages and their spread codes, as words.
-        ()
-        if bits != 4
-        else (
-          tiled((ROWS, h), dtype, swizzle),
-          {name: stage(x, as_words=True) for name, x in pool.items()},
-          (tiled((keys, h // 2), jnp.int32, swizzle),) * 2,
-        ),
-        (
-          plgpu.SMEM((ROWS, h), jnp.float32),
-          plgpu.SMEM((ROWS,), jnp.float32),
-        ),
-      ),
+      plgpu.RefUnion(numbers, words if bits == 4 else (), last),
     ],
     grid=(b, splits, kv * blocks),
     grid_names=('batch', 'splits', 'heads'),
     compiler_params=plgpu.CompilerParams(approx_math=True),
   )(*operands.values(), *pool.values())
-  return out, lse[..., :width]
+  return out, lse
