@@ -3,8 +3,8 @@
 python -m experiments.run --config=configs/selectors.py
 
 Arguments: `method=NAME` (that method beside dense), `few` (one row a method),
-`task=NAME`, `protocol=NAME`, `length=N`, `samples=N`, `smoke` (a tiny model with
-random weights, seconds, no download).
+`task=NAME`, `protocol=NAME`, `length=N`, `samples=N`, `smoke` (a tiny model
+with random weights, seconds, no download).
 `--config.model=PATH` takes any Hugging Face folder or GGUF file.
 
 Both protocols: the context first, then the question through the decode path;
