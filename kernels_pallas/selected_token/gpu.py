@@ -31,7 +31,8 @@ from kernels_pallas.partial import Partial, merge_axis
 SPREAD4 = 128.0  # what `_spread4` adds to every code
 KEY = plgpu.Layout.WGMMA.reduce(1)  # one number a key
 QUERY = plgpu.Layout.WGMMA.reduce(0)  # one number a query
-QUERIES = 64  # of a program, at most
+# Of a program, at most: with more its registers would not suffice.
+QUERIES = {16: 64, 8: 32, 4: 32}
 UNUSED = 2**30  # a page that starts there is never visible
 # Programs for each of 132 multiprocessors, and the shared memory of one (of
 # 227 KiB together). Reading 16-bit pages is bound by bytes: one program with
@@ -54,8 +55,8 @@ class DecodeSizes:
       room for a second program on the multiprocessor.
     splits: programs a (row, kv head); 0: as many as fill the chip.
     keys: of a tile, 64 or 128: a page of that size, several smaller ones, or a
-      part of a larger one; 0: 128 for long lists of 16-bit pages, which are
-      read faster so, else 64.
+      part of a larger one; 0: 128 for long lists, which are read faster so,
+      else 64.
   """
 
   stages: int = 0
@@ -187,14 +188,15 @@ def _attend(
   rows = rows.reshape(b, kv, t * group, h)
   if t * group > 8:  # TMA takes fewer than 8 rows, or whole groups of 8
     rows = mosaic_gpu.pad_to(rows, 2, 8)
-  wide = min(QUERIES, -(-t * group // 8) * 8)  # queries of a program
+  wide = min(QUERIES[pages.bits], -(-t * group // 8) * 8)  # queries of a program
   blocks = -(-t * group // wide)
   programs = MULTIPROCESSORS * PROGRAMS[pages.bits]
   splits = sizes.splits or max(1, programs // (b * kv * blocks))
   keys = sizes.keys
   if not keys:
     length = ids.shape[2] * pages.page
-    deep = pages.bits == 16 and h <= 128 and length > 128 * splits * LONG_SPLIT
+    deep = length > 128 * splits * LONG_SPLIT
+    deep &= h <= 128 and wide <= 16  # else registers do not suffice
     keys = 128 if deep else 64
   # The list, padded to whole tiles of pages to skip.
   ids = mosaic_gpu.pad_to(ids + 1, 2, max(keys // pages.page, 1)) - 1
@@ -463,7 +465,6 @@ def _decode(
           spread[name][...] = codes(name)
         else:
           _spread4(word_ring[name].at[slot], word_spread[name])
-        plgpu.commit_smem()
         return spread[name]
 
       plgpu.barrier_wait(k_full.at[slot])
@@ -471,6 +472,8 @@ def _decode(
         key_tile = plgpu.layout_cast(codes('k'), plgpu.Layout.WGMMA)
       else:
         key_tile = tile_of('k')
+      if bits == 4:
+        plgpu.commit_smem()
 
       def compute_scores(s_ref):
         plgpu.wgmma(s_ref, key_tile, q_smem.transpose((1, 0)))
@@ -486,7 +489,6 @@ def _decode(
           scores -= (k_zero + SPREAD4) * of_queries(q_sum)
         scores *= k_scale
       scores = mask(scores, starts_now, offset, slot)
-      refill(K_PARTS, k_full)
       new_top = jnp.maximum(top, scores.max(axis=0) * factor)
       # Nothing seen: subtract 0, so that exp2(-inf - -inf) is no NaN.
       base = jnp.where(new_top == -jnp.inf, 0.0, new_top)
@@ -507,14 +509,15 @@ def _decode(
         moved = weights.astype(jnp.float32) * (v_zero + SPREAD4)
         offsets = offsets * of_queries(decay) + moved
       p_smem.transpose((1, 0))[...] = weights
-      if bits == 16:
-        plgpu.commit_smem()
       values = tile_of('v')
+      plgpu.commit_smem()
+      refill(K_PARTS, k_full)
 
       def add_values(acc_ref):
         plgpu.wgmma(acc_ref, values.transpose((1, 0)), p_smem.transpose((1, 0)))
 
       acc = pl.run_state(add_values)(plgpu.ACC.init(acc))
+      plgpu.commit_smem()
       refill(V_PARTS, v_full)
       return acc, new_top, total, offsets
 
@@ -589,6 +592,11 @@ def _decode(
     ],
     grid=(b, splits, kv * blocks),
     grid_names=('batch', 'splits', 'heads'),
-    compiler_params=plgpu.CompilerParams(approx_math=True),
+    # A barrier at every store and copy would cost more than the arithmetic:
+    # those of `commit_smem` stand where a warp could run ahead of the others,
+    # before what they still read is written again.
+    compiler_params=plgpu.CompilerParams(
+      approx_math=True, unsafe_no_auto_barriers=True
+    ),
   )(*operands.values(), *pool.values())
   return out, lse
