@@ -188,7 +188,8 @@ def _attend(
   rows = rows.reshape(b, kv, t * group, h)
   if t * group > 8:  # TMA takes fewer than 8 rows, or whole groups of 8
     rows = mosaic_gpu.pad_to(rows, 2, 8)
-  wide = min(QUERIES[pages.bits], -(-t * group // 8) * 8)  # queries of a program
+  # Queries of a program.
+  wide = min(QUERIES[pages.bits], -(-t * group // 8) * 8)
   blocks = -(-t * group // wide)
   programs = MULTIPROCESSORS * PROGRAMS[pages.bits]
   splits = sizes.splits or max(1, programs // (b * kv * blocks))
