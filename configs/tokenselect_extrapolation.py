@@ -27,7 +27,7 @@ def get_config(arg=''):
       'cache': {'rotated': False},
     },
     'true positions': {'method': 'tokenselect'},
-    'streaming': {'prefill': window, 'decode': window},
+    'streaming': {'prefill': window, 'cache': window, 'decode': window},
   }
   if arg.method and arg.method not in rows:
     raise ValueError(

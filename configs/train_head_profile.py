@@ -1,7 +1,7 @@
 """Trains a head profile for lserve: which kv heads may stream (DuoAttention).
 
 python -m experiments.run --config=configs/train_head_profile.py \
-    --config.model=MODEL --workdir=runs/profile_NAME
+    --config.model=MODEL --workdir=runs/head_profile
 
 Give the same command until all steps are done; profile.json is written after
 each piece. Arguments: `source=distant_mass` (without training), `smoke`.

@@ -160,7 +160,9 @@ class Paged:
     shards, rows = data * seq * model, shape.batch * seq
     entries = (shape.batch, shape.n_kv_heads, width)
     logical = width * (self.page // self.logical_page)
-    heads = int(full.max()) * model
+    # At least one a shard, though it may be nobody's: a profile can let every
+    # head of a layer stream, and arrays without heads have no group.
+    heads = max(int(full.max()), 1) * model
     kind = self.stats_kind
     return PagedCache(
       pool=empty_pool(

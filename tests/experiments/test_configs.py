@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from configs import common
-from experiments import report, resolve, run
+from experiments import evaluate, report, resolve, run
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 CONFIGS = sorted(
@@ -49,6 +49,16 @@ def test_config_resolves(path, arg):
   assert isinstance(values.pop('compilation_cache'), str)
   module = importlib.import_module(f'experiments.{kind}')
   resolve.resolve(module.Config, values)
+
+
+def test_methods_of_a_config_compose(path):
+  """At full size, too: a smoke has fewer methods and other numbers."""
+  values = load(path, 'profile=alternate' if path.stem == 'lserve_2x2' else '')
+  made = [
+    evaluate.variant(label, fields)
+    for label, fields in evaluate._every(values.get('methods', {}))
+  ]
+  assert made or values['kind'] not in ('evaluate', 'measure_methods')
 
 
 def test_argument_that_no_config_knows(path):

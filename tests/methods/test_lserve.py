@@ -489,6 +489,22 @@ def test_with_streaming_heads_full_budget_equals_dense():
   np.testing.assert_allclose(scores, want, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize('dynamic', ['', 'xattention'])
+def test_all_heads_of_a_layer_may_stream(tmp_path, dynamic):
+  heads = TINY.n_kv_heads
+  path = tmp_path / 'profile.json'
+  path.write_text(profile(((0.0,) * heads, (1.0,) * heads)).to_json())
+  numbers = SMALL | {'profile': str(path), 'dynamic': dynamic}
+  few = {'budget': 128, 'decode.sink': 16, 'decode.recent': 32}
+  method = methods.get_method('lserve', **numbers, **few)
+  _, scores = answer(method)
+  assert np.isfinite(np.concatenate(scores)).all()
+  tokens, scores = answer(method.at_full_budget(384))
+  want_tokens, want = answer(methods.get_method('dense'))
+  assert tokens == want_tokens
+  np.testing.assert_allclose(scores, want, rtol=2e-3, atol=2e-3)
+
+
 @pytest.mark.mesh
 @pytest.mark.parametrize(
   'budget, contexts',
