@@ -1,0 +1,463 @@
+"""Tables of committed quality rows, and what a selector trades for its speed.
+
+python -m experiments.quality_tables [RUN_FOLDER ...]
+
+Reads results/quality_h200.jsonl.xz and results/selector_speed.jsonl, writes
+results/quality_h200.md and results/selector_tradeoff.png. Folders of `evaluate`
+runs (results.jsonl, env.json) are taken into the rows first, each in the place
+of what its command gave before.
+
+A row is one of its run, with the run's command and without `TIMES`: runs that
+share a GPU say nothing about time. Seconds come from the rows of
+selector_bench alone, which have other heads and random keys.
+"""
+
+import io
+import json
+import lzma
+import pathlib
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments import comparison
+from experiments.comparison import BASELINE, Difference, Line
+from experiments.plots import MARKERS, tidy
+from experiments.results import Row, write_file
+
+RESULTS = pathlib.Path(__file__).parent / 'results'
+ROWS = RESULTS / 'quality_h200.jsonl.xz'
+SPEEDS = RESULTS / 'selector_speed.jsonl'
+TABLES = RESULTS / 'quality_h200.md'
+PLOT = RESULTS / 'selector_tradeoff.png'
+# Of the plot: all runs of selectors have it.
+TASK = 'niah_multikey_1'
+
+# Of an evaluation's row: what depends on what else the GPU does.
+TIMES = (
+  'prefill_ms',
+  'decode_ms_per_token',
+  'peak_bytes',
+  'compilations',
+  'compile_s',
+)
+
+# (selector, length, share) -> dense cuDNN's time over that of the selector.
+Speeds = dict[tuple[str, int, str], float]
+_SPEED = re.compile(r'(\w+) (1/\d+) of (\d+)K, density [\d.]+')
+_SHARES = ('1/8', '1/16')
+_SELECTORS = {
+  'XAttentionPrefill': 'xattention',
+  'SpargePrefill': 'sparge',
+  'VerticalSlashPrefill': 'vertical_slash',
+  'AShapePrefill': 'a_shape',
+}
+
+_HEAD = """\
+# Quality of real models on one GPU
+
+Made by `python -m experiments.quality_tables` from `{rows}`
+({n} rows: one a question). {facts}.
+
+Up to thirteen of these runs shared the GPU, so their times and peak memory mean
+nothing: the rows are kept without them, and nothing here is a speed but what
+stands as dense over a selector's time, measured apart. Runs that are not
+complete ended at their time limit.
+
+- score: mean over samples, 0 to 1; "all": mean over the tasks above it.
+- vs dense: mean difference over the samples that both answered, its 95%
+  interval (percentile bootstrap over samples, 10,000 draws), and how many
+  samples the method won and lost. An interval of no width says that all pairs
+  differ equally, not that the difference is certain.
+- density: keys attended over those of dense: the smaller of prefill's and
+  decode's. "!": some of the rows attended more than half; above 0.5 a row is no
+  sparse one.
+- captured mass: softmax mass of the keys that prefill attended, of all that it
+  could have, over sampled queries; '-' where it was not traced.
+"""
+
+_TRADE = """\
+## Density, quality and time of the selectors
+
+![selector_tradeoff.png](selector_tradeoff.png)
+
+Rows of the runs of `configs/selectors.py` above whose prefill selects (SnapKV's
+does not), by prefill density. Times faster: dense cuDNN's time over whole
+attention, estimate included, in kernels, at fixed densities {shares}, of
+`selector_speed.jsonl` at the row's length or, where it has none, at those
+nearest below and above. **They are of other heads (32 / 8 of 128) and random
+keys, not of these models**, and most rows here attended more than 1/8: at their
+own density they would take longer than that.
+"""
+
+
+def read(path: pathlib.Path) -> list[Row]:
+  """Rows of a .jsonl or .jsonl.xz file; missing `TIMES` are None.
+
+  Raises:
+    ValueError: it cannot be read, or a line is no row.
+  """
+  try:
+    raw = path.read_bytes()
+    text = (lzma.decompress(raw) if path.suffix == '.xz' else raw).decode()
+    lines = [dict(json.loads(line)) for line in text.splitlines()]
+  except OSError as error:
+    raise ValueError(f'{path}: {error.strerror}') from error
+  except (ValueError, TypeError, lzma.LZMAError) as error:
+    raise ValueError(f'{path} is no file of rows ({error})') from error
+  return [dict.fromkeys(TIMES) | row for row in lines]
+
+
+def taken(rows: Sequence[Row], folder: pathlib.Path) -> list[Row]:
+  """Rows with those of a run, in the place of its command's older ones.
+
+  The command loses its --workdir, and its model the folder it lay in.
+
+  Raises:
+    ValueError: the folder is none of a run of `evaluate`.
+  """
+  new = read(folder / 'results.jsonl')
+  try:
+    command = json.loads((folder / 'env.json').read_text())['command']
+  except (OSError, ValueError, KeyError) as error:
+    raise ValueError(f'{folder}/env.json names no command') from error
+  if not all('prefill_density' in row for row in new):
+    raise ValueError(f'{folder} holds no rows of an evaluation')
+  program, *flags = command.split(' --')
+  flags = [x for x in flags if not x.startswith('workdir=')]
+  model = r'(?<=^config\.model=)\S*/'
+  flags = [re.sub(model, '.cache/models/', flag) for flag in flags]
+  flags = [f'"--{x}"' if re.search(r"['() ]", x) else f'--{x}' for x in flags]
+  command = ' '.join([program, *flags])
+  kept = [row for row in rows if row['command'] != command]
+  return kept + [{'command': command} | row for row in new]
+
+
+def packed(rows: Iterable[Row]) -> bytes:
+  """The bytes of a .jsonl.xz file, without `TIMES`."""
+  text = ''.join(
+    json.dumps({k: v for k, v in row.items() if k not in TIMES}) + '\n'
+    for row in rows
+  )
+  return lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME)
+
+
+def speeds(rows: Iterable[Row]) -> Speeds:
+  """Of selector_bench's rows: op `attention`, ours, beside cuDNN."""
+  found = {}
+  for row in rows:
+    case = _SPEED.fullmatch(row['case'])
+    ours = row['op'] == 'attention' and row['implementation'] == 'ours'
+    if case and ours and row['peer'] == 'cudnn':
+      name, share, length = case.groups()
+      found[name, 1024 * int(length), share] = row['ratio']
+  return found
+
+
+def markdown(rows: Sequence[Row], times: Speeds) -> str:
+  """quality_h200.md: a table a run, and the trade of the selectors."""
+  text = [
+    _HEAD.format(rows=ROWS.name, n=f'{len(rows):,}', facts=_facts(rows)),
+    *(_run(members) for members in runs(rows).values()),
+    _TRADE.format(shares=' and '.join(_SHARES)),
+    _table(
+      'model|length|protocol|task|method|prefill density|captured mass|'
+      'vs dense|95% interval|won/lost|times faster',
+      [_traded(line, members, times) for line, members in trades(rows)],
+    ),
+    '\nThe times by themselves:\n',
+    _times(times),
+  ]
+  return '\n'.join(text) + '\n'
+
+
+def runs(rows: Iterable[Row]) -> dict[str, list[Row]]:
+  """By command, in the rows' order."""
+  found: dict[str, list[Row]] = {}
+  for row in rows:
+    found.setdefault(row['command'], []).append(row)
+  return found
+
+
+def trades(rows: Sequence[Row]) -> list[tuple[Line, list[Row]]]:
+  """A line and its rows for each cell and selector of configs/selectors.py."""
+  found = []
+  for command, members in runs(rows).items():
+    if 'configs/selectors.py' not in command:
+      continue
+    for line in comparison.compare(members):
+      own = [row for row in members if _place(row) == _place_of(line)]
+      if selector(own[0]):
+        found.append((line, own))
+  return found
+
+
+def selector(row: Row) -> str:
+  """The name under which selector_bench times a row's prefill, or ''."""
+  part, _, numbers = row['prefill'].partition('(')
+  stride = re.search(r'\bstride=(\d+)', numbers)
+  name = _SELECTORS.get(part, '')
+  return f'{name}_{stride[1]}' if stride else name
+
+
+def _place(row: Row) -> tuple:
+  return *comparison.cell_of(row), row['method']
+
+
+def _place_of(line: Line) -> tuple:
+  return line.model, line.protocol, line.task, line.length, line.method
+
+
+def _facts(rows: Sequence[Row]) -> str:
+  def of(name):
+    return ', '.join(dict.fromkeys(str(row[name]) for row in rows))
+
+  days = sorted({row['date'][:10] for row in rows})
+  models = dict.fromkeys((r['model'], r['model_sha256'][:12]) for r in rows)
+  named = ', '.join(f'{name} (SHA-256 {sha}...)' for name, sha in models)
+  versions = re.sub(r'\b(\w+)=', r'\1 ', of('versions'))
+  return (
+    f'{of("device")}, {of("dtype")}, {versions}; {" to ".join(days)}, '
+    f'revision {of("git")}; {named}'
+  )
+
+
+def _run(rows: Sequence[Row]) -> str:
+  """A run's heading, command, gaps and table."""
+  file = re.search(r'configs/(\w+)\.py', rows[0]['command'])
+  lengths = ', '.join(dict.fromkeys(str(row['length']) for row in rows))
+  name = file[1] if file else 'another config'
+  heading = f'## {name}: {rows[0]["model"]}, {lengths} tokens'
+  lines = comparison.compare(rows)
+  total = comparison.overall(rows)
+  body = []
+  for protocol in dict.fromkeys(line.protocol for line in lines):
+    mine = [x for x in lines if x.protocol == protocol]
+    body += mine
+    if len({line.task for line in mine}) > 1:
+      body += [x for x in total if x.protocol == protocol]
+  cells = [
+    [
+      line.protocol.replace('_', ' '),
+      line.task,
+      _named(line),
+      f'{line.n}',
+      _number(line.score, 2),
+      *_difference(line.difference),
+      _number(line.density, 3),
+      _number(line.mass, 3),
+    ]
+    for line in body
+  ]
+  head = (
+    'protocol|task|method|n|score|vs dense|95% interval|won/lost|density|'
+    'captured mass'
+  )
+  return '\n'.join(
+    [heading, '', f'`{rows[0]["command"]}`', '']
+    + [f'{gap}\n' for gap in [_gaps(lines)] if gap]
+    + [_table(head, cells), '']
+  )
+
+
+def _gaps(lines: Sequence[Line]) -> str:
+  """What dense has answered and another method has not."""
+  n = {_place_of(line): line.n for line in lines}
+  methods = list(dict.fromkeys(line.method for line in lines))
+  if methods == [BASELINE]:
+    return 'Not complete: dense alone.'
+  short = []
+  for line in lines:
+    if line.method != BASELINE:
+      continue
+    for method in methods:
+      got = n.get((*_place_of(line)[:-1], method), 0)
+      if got < line.n:
+        where = f'{line.protocol.replace("_", " ")}, {line.task}'
+        short.append(f'{method} has {got} of {line.n} ({where})')
+  return f'Not complete: {"; ".join(short)}.' if short else ''
+
+
+def _traded(line: Line, rows: Sequence[Row], times: Speeds) -> list[str]:
+  mean, interval, won = _difference(line.difference)
+  return [
+    line.model,
+    f'{line.length}',
+    line.protocol.replace('_', ' '),
+    line.task,
+    _named(line),
+    _number(_prefill_density(rows), 3),
+    _number(line.mass, 3),
+    *(mean, interval, won),
+    _faster(selector(rows[0]), line.length, times),
+  ]
+
+
+def _prefill_density(rows: Sequence[Row]) -> float:
+  return statistics.fmean(row['prefill_density'] for row in rows)
+
+
+def _faster(name: str, length: int, times: Speeds) -> str:
+  """As in `8K 2.00, 2.20`: at a length, or at its measured neighbours."""
+  lengths = sorted({n for who, n, _ in times if who == name})
+  below = [n for n in lengths if n <= length][-1:]
+  above = [n for n in lengths if n >= length][:1]
+  return (
+    '; '.join(
+      f'{tidy(n, None)} {_both(name, n, times)}'
+      for n in dict.fromkeys(below + above)
+    )
+    or '-'
+  )
+
+
+def _both(name: str, length: int, times: Speeds) -> str:
+  found = (times.get((name, length, share)) for share in _SHARES)
+  return ', '.join(_number(ratio, 2) for ratio in found)
+
+
+def _times(times: Speeds) -> str:
+  lengths = sorted({n for _, n, _ in times})
+  head = '|'.join(['method', *(tidy(n, None) for n in lengths)])
+  cells = [
+    [name]
+    + [
+      _both(name, n, times) if (name, n, _SHARES[0]) in times else '-'
+      for n in lengths
+    ]
+    for name in dict.fromkeys(name for name, *_ in times)
+  ]
+  return _table(head, cells)
+
+
+def _number(value: float | None, digits: int) -> str:
+  return '-' if value is None else f'{value:.{digits}f}'
+
+
+def _signed(value: float) -> str:
+  return f'{value:+.2f}'.replace('-0.00', '+0.00')
+
+
+def _difference(d: Difference | None) -> tuple[str, str, str]:
+  if d is None:
+    return '', '', ''
+  interval = f'[{_signed(d.low)}, {_signed(d.high)}]'
+  return _signed(d.mean), interval, f'{d.won}/{d.lost} of {d.pairs}'
+
+
+def _named(line: Line) -> str:
+  return line.method + (' !' if line.degenerate > 0 else '')
+
+
+def _table(head: str, cells: Sequence[Sequence[str]]) -> str:
+  names = head.split('|')
+  words = ('model', 'protocol', 'task', 'method', '95% interval')
+  rule = [':--' if name in words else '--:' for name in names]
+  lines = [names, rule, *cells]
+  return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+
+
+@matplotlib.rc_context({'font.size': 8, 'axes.grid': True, 'grid.alpha': 0.25})
+def draw(rows: Sequence[Row], times: Speeds) -> bytes:
+  """selector_tradeoff.png: quality over density and captured mass, times."""
+  panels: dict[tuple[str, int], list[tuple[Line, list[Row]]]] = {}
+  for line, members in trades(rows):
+    if line.task == TASK:
+      panels.setdefault((line.model, line.length), []).append((line, members))
+  names = [selector(m[0]) for p in panels.values() for _, m in p]
+  names = dict.fromkeys(names + [name for name, *_ in times])
+  styles = {
+    name: {'color': f'C{i}', 'marker': MARKERS[i], 'label': name}
+    for i, name in enumerate(names)
+  }
+  size = 8.6, 1.9 * len(panels) + 3.2
+  figure = Figure(figsize=size, layout='constrained')
+  heights = [1.9] * len(panels) + [2.4]
+  grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
+  for i, ((model, length), points) in enumerate(panels.items()):
+    where = f'{TASK}, {model}, {tidy(length, None)}'
+    density, mass = (figure.add_subplot(grid[i, j]) for j in (0, 1))
+    _points(density, points, styles, _prefill_density)
+    _points(mass, points, styles, _mass)
+    density.axvspan(0.5, 1, color='0.9', zorder=0)  # no sparse row
+    density.set(title=where, xlim=(0, 0.75), ylabel='score, against dense')
+    mass.set(title=where, xlim=(0.65, 1))
+  density.set(xlabel='prefill density (hollow: context first)')
+  mass.set(xlabel='captured mass of prefill, where traced')
+  _curves(figure.add_subplot(grid[len(panels), :]), times, styles)
+  found: dict = {}
+  for ax in figure.axes:
+    found |= dict(zip(*ax.get_legend_handles_labels()[::-1]))
+  pairs = list(found.values()), list(found)
+  figure.legend(*pairs, loc='outside lower center', ncols=len(found))
+  buffer = io.BytesIO()
+  # No software version or date inside: equal rows give equal files.
+  figure.savefig(buffer, format='png', metadata={'Software': None})
+  return buffer.getvalue()
+
+
+def _points(
+  ax: Axes,
+  points: Sequence[tuple[Line, list[Row]]],
+  styles: dict[str, dict],
+  x_of: Callable[[Sequence[Row]], float | None],
+) -> None:
+  """Differences to dense with their intervals."""
+  for line, rows in points:
+    style, d, x = styles[selector(rows[0])], line.difference, x_of(rows)
+    if d is None or x is None:
+      continue
+    face = style['color'] if line.protocol == 'whole' else 'white'
+    ax.vlines(x, d.low, d.high, color=style['color'], alpha=0.5)
+    ax.plot(x, d.mean, linestyle='', mfc=face, **style)
+  ax.axhline(0, c='0.15', ls='--')
+  ax.set(ylim=(-0.85, 0.15))
+
+
+def _mass(rows: Sequence[Row]) -> float | None:
+  found = [row.get('prefill_captured_mass') for row in rows]
+  found = [mass for mass in found if mass is not None]
+  return statistics.fmean(found) if found else None
+
+
+def _curves(ax: Axes, times: Speeds, styles: dict[str, dict]) -> None:
+  for name, share in dict.fromkeys((name, share) for name, _, share in times):
+    of = (name, share)
+    points = {n: x for (who, n, at), x in times.items() if (who, at) == of}
+    dash = '-' if share == _SHARES[0] else '--'
+    ax.plot(*zip(*sorted(points.items())), linestyle=dash, **styles[name])
+  ax.axhline(1, c='0.15', ls='--')
+  ax.set_xscale('log', base=2)
+  ax.set_yscale('log', base=2)
+  ax.xaxis.set_major_formatter(tidy)
+  ax.yaxis.set_major_formatter(tidy)
+  ax.set_xticks(sorted({n for _, n, _ in times}))
+  ax.set(xlabel='tokens', ylabel='times as fast as cuDNN')
+  ax.set_title(
+    'Whole attention, estimate included; other heads (32 / 8 of 128), random '
+    f'keys (full: density {_SHARES[0]}, dashed: {_SHARES[1]})'
+  )
+
+
+def main(argv: Sequence[str]) -> None:
+  """Takes runs in, writes tables and plot anew."""
+  rows = read(ROWS) if ROWS.exists() else []
+  for folder in argv:
+    rows = taken(rows, pathlib.Path(folder))
+  if argv:
+    write_file(ROWS, packed(rows))
+  times = speeds(read(SPEEDS))
+  write_file(TABLES, markdown(rows, times))
+  write_file(PLOT, draw(rows, times))
+
+
+if __name__ == '__main__':
+  try:
+    main(sys.argv[1:])
+  except (OSError, ValueError, KeyError) as error:
+    sys.exit(f'error: {error}')

@@ -1,0 +1,124 @@
+"""Tables of committed quality rows."""
+
+import json
+
+import pytest
+
+from experiments import comparison, quality_tables
+
+
+@pytest.fixture(scope='module')
+def rows():
+  return quality_tables.read(quality_tables.ROWS)
+
+
+@pytest.fixture(scope='module')
+def times():
+  return quality_tables.speeds(quality_tables.read(quality_tables.SPEEDS))
+
+
+def test_the_committed_tables_are_what_the_committed_rows_say(rows, times):
+  """Run `python -m experiments.quality_tables` when rows have changed."""
+  said = quality_tables.TABLES.read_text('utf-8')
+  assert said == quality_tables.markdown(rows, times)
+
+
+def test_rows_of_a_shared_gpu_hold_no_times(rows):
+  assert len(rows) > 10_000
+  for row in rows:
+    assert all(row[name] is None for name in quality_tables.TIMES)
+    assert '--workdir' not in row['command']
+    assert row['status'] == 'ok' and 0 <= row['score'] <= 1
+  for members in quality_tables.runs(rows).values():
+    keys = {row['key'] for row in members}
+    assert len(keys) == len(members)
+    assert 'dense' in {row['method'] for row in members}
+
+
+def test_selectors_are_timed_under_their_own_names(rows, times):
+  traded = quality_tables.trades(rows)
+  names = {quality_tables.selector(own[0]) for _, own in traded}
+  timed = {name for name, *_ in times}
+  assert names - timed == {'a_shape'} and timed <= names
+  for line, own in traded:
+    assert len(own) == line.n == 100
+    assert line.difference and line.difference.pairs == 100
+    assert line.method not in ('dense', 'snapkv')
+  # In kernels, beside cuDNN, as in the notes.
+  assert round(times['xattention_16', 131072, '1/8'], 2) == 5.61
+
+
+def test_a_plot_is_drawn(rows, times):
+  drawn = quality_tables.draw(rows, times)
+  assert drawn.startswith(b'\x89PNG')
+  # Width and height are those of the committed one: as many panels.
+  assert drawn[16:24] == quality_tables.PLOT.read_bytes()[16:24]
+
+
+def make_run(folder, scores, command):
+  folder.mkdir(exist_ok=True)
+  found = [
+    {
+      'key': f'{method} {sample}',
+      'method': method,
+      'model': 'm',
+      'protocol': 'whole',
+      'task': 't',
+      'length': 64,
+      'sample': sample,
+      'score': score,
+      'prefill': 'AShapePrefill(sink=1)',
+      'prefill_density': 0.25,
+      'prefill_ms': 7.0,
+      'compile_s': 3.0,
+    }
+    for method, line in scores.items()
+    for sample, score in enumerate(line)
+  ]
+  (folder / 'results.jsonl').write_text('\n'.join(map(json.dumps, found)))
+  (folder / 'env.json').write_text(json.dumps({'command': command}))
+  return folder
+
+
+def test_a_run_takes_the_place_of_what_its_command_gave(tmp_path):
+  command = (
+    'python -m experiments.run --workdir=/tmp/x --config=c.py:method=two words'
+    ' --config.model=/tmp/m.gguf'
+  )
+  first = make_run(tmp_path / 'a', {'dense': [1, 1], 'b': [1, 0]}, command)
+  other = make_run(tmp_path / 'b', {'dense': [0]}, 'python -m x --config=d.py')
+  again = make_run(tmp_path / 'c', {'dense': [1, 1], 'b': [0]}, command)
+  rows = []
+  for folder in (first, other, again):
+    rows = quality_tables.taken(rows, folder)
+  path = tmp_path / 'rows.jsonl.xz'
+  path.write_bytes(quality_tables.packed(rows))
+  found = quality_tables.runs(quality_tables.read(path))
+  assert {name: len(members) for name, members in found.items()} == {
+    'python -m x --config=d.py': 1,
+    'python -m experiments.run "--config=c.py:method=two words" '
+    '--config.model=.cache/models/m.gguf': 3,
+  }
+  for row in quality_tables.read(path):
+    assert row['prefill_ms'] is None and row['compile_s'] is None
+  *_, members = found.values()
+  # Pairs survive: sample 0 was lost, sample 1 has no partner.
+  scores = comparison.scores(m for m in members if m['method'] == 'b')
+  dense = comparison.scores(m for m in members if m['method'] == 'dense')
+  difference = comparison.paired(scores, dense)
+  assert difference and (difference.mean, difference.pairs) == (-1, 1)
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+  with pytest.raises(ValueError, match='No such file'):
+    quality_tables.taken([], tmp_path)
+  (tmp_path / 'results.jsonl').write_text('{"op": "attention"}')
+  with pytest.raises(ValueError, match='names no command'):
+    quality_tables.taken([], tmp_path)
+  (tmp_path / 'env.json').write_text('{"command": "python"}')
+  with pytest.raises(ValueError, match='no rows of an evaluation'):
+    quality_tables.taken([], tmp_path)
+  path = tmp_path / 'torn.jsonl.xz'
+  path.write_bytes(b'no archive')
+  with pytest.raises(ValueError, match='no file of rows'):
+    quality_tables.read(path)
