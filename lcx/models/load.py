@@ -148,8 +148,7 @@ def _names(config: ModelConfig) -> dict[str, dict[str, list[str]]]:
     'qkv': [attention + f'{x}_proj.weight' for x in 'qkv'],
     'o': [attention + 'o_proj.weight'],
     'ff_norm': [layer + 'post_attention_layernorm.weight'],
-    'gate': [layer + 'mlp.gate_proj.weight'],
-    'up': [layer + 'mlp.up_proj.weight'],
+    'gate_up': [layer + f'mlp.{x}_proj.weight' for x in ('gate', 'up')],
     'down': [layer + 'mlp.down_proj.weight'],
   }
   if config.qkv_bias:
@@ -184,8 +183,7 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     'k_norm': [(h,)],
     'o': [(d, q)],
     'ff_norm': [(d,)],
-    'gate': [(f, d)],
-    'up': [(f, d)],
+    'gate_up': [(f, d), (f, d)],
     'down': [(d, f)],
     'table': [(v, d)],
     'norm': [(d,)],
@@ -294,6 +292,13 @@ def _qkv_bias(source, names, config, index):
   return np.concatenate(parts, axis=1)
 
 
+def _gate_up(source, names, config, index):
+  del config
+  outputs, which, inputs = index
+  parts = [source.read(name, outputs)[:, inputs] for name in names[which]]
+  return np.stack(parts, axis=1)
+
+
 def _o(source, names, config, index):
   outputs, heads, dims = index
   rows = source.read(names[0], outputs)
@@ -303,6 +308,7 @@ def _o(source, names, config, index):
 _READERS: dict[str, Callable] = {
   'qkv': _qkv,
   'qkv_bias': _qkv_bias,
+  'gate_up': _gate_up,
   'o': _o,
 }
 

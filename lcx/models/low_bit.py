@@ -36,7 +36,7 @@ _FEW = 4  # tokens
 _TILE, _SUM_TILE = 2**22, 2**20
 
 # Matrices by name, with the axes of their inputs.
-_INPUTS = {'qkv': (3,), 'o': (1, 2), 'gate': (1,), 'up': (1,), 'down': (1,)}
+_INPUTS = {'qkv': (3,), 'o': (1, 2), 'gate_up': (2,), 'down': (1,)}
 
 
 def _qwix():

@@ -33,8 +33,8 @@ def tensors(weights: Weights, config: ModelConfig) -> dict[str, np.ndarray]:
     ):
       out[f'{at}self_attn.{name}_proj.weight'] = part.reshape(-1, d)
     out[f'{at}self_attn.o_proj.weight'] = layer['o'].reshape(d, -1)
-    out[f'{at}mlp.gate_proj.weight'] = layer['gate']
-    out[f'{at}mlp.up_proj.weight'] = layer['up']
+    out[f'{at}mlp.gate_proj.weight'] = layer['gate_up'][:, 0]
+    out[f'{at}mlp.up_proj.weight'] = layer['gate_up'][:, 1]
     out[f'{at}mlp.down_proj.weight'] = layer['down']
     out[f'{at}input_layernorm.weight'] = layer['attention_norm']
     out[f'{at}post_attention_layernorm.weight'] = layer['ff_norm']

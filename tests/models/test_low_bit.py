@@ -23,7 +23,7 @@ ERROR = {'w8a8': 0.015, 'fp8': 0.05, 'w4a16': 0.13}
 SHAPES = {
   'qkv': ('btd,kchd->btkch', (2, 4, 16, 256)),
   'o': ('btnh,dnh->btd', (256, 4, 64)),
-  'gate': ('btd,fd->btf', (512, 256)),
+  'gate_up': ('btd,fcd->btfc', (256, 2, 256)),
   'down': ('btf,df->btd', (256, 512)),
 }
 
