@@ -9,11 +9,14 @@ FlashAttention's split-K form, arXiv:2205.14135, section 3.1):
 The empty set is the neutral element: out = 0, lse = -inf.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+_FEW = 32  # partials whose merge is written out
 
 
 class Partial(NamedTuple):
@@ -48,29 +51,47 @@ def merge(*parts: Partial) -> Partial:
   """
   if len(parts) == 1:
     return parts[0]
-  return merge_axis(
-    Partial(
-      jnp.stack([p.out.astype(jnp.float32) for p in parts]),
-      jnp.stack([p.lse for p in parts]),
-    ),
-    axis=0,
-    dtype=parts[0].out.dtype,
+  top = _finite(functools.reduce(jnp.maximum, (p.lse for p in parts)))
+  weights = [jnp.exp(p.lse - top) for p in parts]
+  total = sum(weights)
+  out = sum(
+    p.out.astype(jnp.float32) * w[..., None]
+    for p, w in zip(parts, weights, strict=True)
   )
+  return _normalised(out, total, top, parts[0].out.dtype)
 
 
 def merge_axis(part: Partial, axis: int, dtype=None) -> Partial:
   """Merges the partials stacked along one axis of `lse` (and of `out`)."""
   if axis < 0:
     axis += part.lse.ndim
-  top = jnp.max(part.lse, axis=axis, keepdims=True)
-  # All parts empty: subtract 0 instead of -inf, so that no NaN is born.
-  top = jnp.where(jnp.isfinite(top), top, 0.0)
-  weight = jnp.exp(part.lse - top)
+  dtype = dtype or part.out.dtype
+  part = Partial(part.out.astype(jnp.float32), part.lse)
+  n = part.lse.shape[axis]
+  if n <= _FEW:
+    # As sums of slices: XLA makes three kernels of a reduction over so few
+    # elements, which cost as much as attention over a short list.
+    slices = (
+      Partial(*(jax.lax.index_in_dim(x, i, axis, False) for x in part))
+      for i in range(n)
+    )
+    merged = merge(*slices)
+    return Partial(merged.out.astype(dtype), merged.lse)
+  top = _finite(jnp.max(part.lse, axis=axis))
+  weight = jnp.exp(part.lse - jnp.expand_dims(top, axis))
   total = jnp.sum(weight, axis=axis)
-  out = jnp.sum(part.out.astype(jnp.float32) * weight[..., None], axis=axis)
+  out = jnp.sum(part.out * weight[..., None], axis=axis)
+  return _normalised(out, total, top, dtype)
+
+
+def _finite(top):
+  """All parts empty: subtract 0 instead of -inf, so that no NaN is born."""
+  return jnp.where(jnp.isfinite(top), top, 0.0)
+
+
+def _normalised(out, total, top, dtype) -> Partial:
   out = out / jnp.where(total > 0, total, 1.0)[..., None]
-  lse = jnp.log(total) + jnp.squeeze(top, axis)
-  return Partial(out.astype(dtype or part.out.dtype), lse)
+  return Partial(out.astype(dtype), jnp.log(total) + top)
 
 
 def merge_over(part: Partial, axis_name: str | tuple[str, ...]) -> Partial:

@@ -14,7 +14,6 @@ keys and values:
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -233,31 +232,13 @@ def _attend(
     wide=wide,
     stages=sizes.stages or _default_stages(h, pages, keys, wide),
   )
-  part = _merge_splits(out.swapaxes(-1, -2), lse)
+  part = merge_axis(Partial(out.swapaxes(-1, -2), lse), axis=2)
   out, lse = part.out[:, :, : t * group], part.lse[:, :, : t * group]
   if pages.bits == 4:
     out = out.reshape(b, kv, -1, 4, h // 8, 2).transpose(0, 1, 2, 4, 5, 3)
   out = out.reshape(b, kv, t, group, h).transpose(0, 2, 1, 3, 4)
   lse = lse.reshape(b, kv, t, group).transpose(0, 2, 1, 3)
   return Partial(out.reshape(b, t, n, h), lse.reshape(b, t, n))
-
-
-def _merge_splits(out, lse) -> Partial:
-  """The exact merge over axis 2, as one loop over elements.
-
-  Written as sums of slices: XLA turns a reduction over so few elements into
-  three kernels, which cost as much as the attention of a short list.
-  """
-  if out.shape[2] > 32:
-    return merge_axis(Partial(out, lse), axis=2)
-  parts = [lse[:, :, i] for i in range(out.shape[2])]
-  top = functools.reduce(jnp.maximum, parts)
-  top = jnp.where(jnp.isfinite(top), top, 0.0)
-  weights = [jnp.exp(x - top) for x in parts]
-  total = sum(weights)
-  safe = jnp.where(total > 0, total, 1.0)
-  merged = sum(w[..., None] * out[:, :, i] for i, w in enumerate(weights))
-  return Partial(merged / safe[..., None], jnp.log(total) + top)
 
 
 def _default_stages(h: int, pages: Pages, keys: int, wide: int) -> int:

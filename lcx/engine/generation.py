@@ -26,8 +26,8 @@ class Generation:
       sparse.
     prefill_density: of the prefill.
     decode_density: of what came after it.
-    kv_bytes: of keys and values on the devices.
-    host_bytes: in host memory.
+    kv_bytes: of keys and values on the devices, a sequence of the batch.
+    host_bytes: in host memory, likewise.
     peak_bytes: of the device, where it says so.
     compilations: while this was made.
     compile_s: their seconds.
