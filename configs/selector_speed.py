@@ -3,15 +3,19 @@
 python -m experiments.run --config=configs/selector_speed.py
 
 Arguments: `smoke` (a short prompt, no peer, seconds on a CPU), `length=N` (one
-length in place of all). The ratio of an `attention` row is the speed-up over
-cuDNN; `python -m experiments.fit_policy` reads crossovers off the rows.
+length in place of all), `real` (queries and keys of Qwen2.5-Coder-0.5B from
+.cache/models, by chunks of 32K, thresholds beside densities; another model:
+`--config.numbers.model=PATH`). The ratio of an `attention` row is the speed-up
+over cuDNN; `python -m experiments.fit_policy` reads crossovers off the rows.
 """
 
 from configs import common
 
+MODEL = '.cache/models/qwen2.5-coder-0.5b-instruct.gguf'
+
 
 def get_config(arg=''):
-  arg = common.parse_arg(arg, length=0)
+  arg = common.parse_arg(arg, length=0, real=False)
   config = common.base('measure', 'Selectors: estimate and attention')
   config.suite = 'selector_bench'
   lengths = tuple(1024 * n for n in (4, 8, 16, 32, 64, 128, 256))
@@ -26,6 +30,8 @@ def get_config(arg=''):
         'vertical_slash',
       ),
       'peers': True,
+      'model': MODEL if arg.real else '',
+      'thresholds': (0.9, 0.95) if arg.real else (),
     }
   )
   config.repeats = 10
@@ -34,5 +40,7 @@ def get_config(arg=''):
     config.numbers.shares = (2,)
     config.numbers.selectors = ('xattention_16',)
     config.numbers.peers = False
+    config.numbers.model = 'lcx/models/needle'
+    config.numbers.thresholds = (0.9,)
     config.repeats = 1
   return config

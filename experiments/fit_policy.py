@@ -155,7 +155,7 @@ def _is_dense(row: Row) -> bool:
   return (
     row.get('op') == 'attention'
     and row['implementation'] == 'ours'
-    and row['case'].startswith('dense ')
+    and re.fullmatch(r'dense \w+', row['case']) is not None
   )
 
 

@@ -6,16 +6,18 @@ numbers: its ratio is the speed-up. Lengths from 4K on show the crossover, which
 fit_policy.py finds against our own dense, since that runs in its place.
 
 Queries and keys are random with a drift a block, so that blocks differ in
-weight. At a fixed density the time depends little on numbers; the density and
-the captured mass that real models give are quality rows (configs/selectors.py).
+weight; or a model's (real_heads.py), where thresholds mean something, too: then
+a row says the share of softmax mass that its lists capture.
 """
 
+import pathlib
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from experiments import real_heads
 from experiments.kernel_bench import (
   BLOCK,
   HEAD_DIM,
@@ -26,7 +28,7 @@ from experiments.kernel_bench import (
   Case,
 )
 from kernels_pallas import block_sparse
-from lcx.select.audit import listed_keys
+from lcx.select.audit import listed_keys, sampled_mass
 from lcx.select.sparge import sparge
 from lcx.select.vertical_slash import vertical_slash
 from lcx.select.xattention import xattention
@@ -53,8 +55,8 @@ def inputs(tokens: int, seed: int = 0) -> tuple[Array, Array, Array]:
   return make(jax.random.key(seed))
 
 
-def selector(name: str, density: float):
-  """(q, k) -> Selected at a fixed density.
+def selector(name: str, density: float | None, threshold: float | None = None):
+  """(q, k) -> Selected at a fixed density, or up to a share of the estimate.
 
   vertical_slash has budgets of columns and diagonals: its published default,
   with lists cut at the density's width.
@@ -73,13 +75,13 @@ def selector(name: str, density: float):
         tokens - 64 + jnp.arange(64)[None],
         k,
         n_queries=tokens,
-        width=max(3, int(blocks * density)),
+        width=max(3, int(blocks * density)) if density else blocks,
         **where,
       )
+    where |= {'density': density, 'threshold': threshold}
     if name == 'sparge':
-      return sparge(q, k, density=density, similarity=-0.1, **where)
-    stride = int(name.rpartition('_')[2])
-    return xattention(q, k, density=density, stride=stride, **where)
+      return sparge(q, k, similarity=-0.1, **where)
+    return xattention(q, k, stride=int(name.rpartition('_')[2]), **where)
 
   return select
 
@@ -89,6 +91,8 @@ def cases(
   shares: tuple[int, ...],
   selectors: tuple[str, ...] = SELECTORS,
   peers: bool = True,
+  model: str = '',
+  thresholds: tuple[float, ...] = (),
 ) -> Iterator[Case]:
   """All cases, dense first at each length.
 
@@ -97,6 +101,8 @@ def cases(
     shares: densities, as 1 / share.
     selectors: names of `SELECTORS`.
     peers: whether cuDNN runs beside.
+    model: whose queries and keys; '': random ones.
+    thresholds: of the estimated mass, each a case beside the shares'.
 
   Raises:
     ValueError: a selector or a length that does not exist here.
@@ -107,12 +113,20 @@ def cases(
   for tokens in lengths:
     if tokens < BLOCK or tokens % BLOCK:
       raise ValueError(f'{tokens=} must be a multiple of {BLOCK}')
+  budgets = [(f'1/{share}', 1 / share, None) for share in shares]
+  budgets += [(f'threshold {x}', None, x) for x in thresholds]
   for tokens in lengths:
-    yield from _at_length(tokens, shares, selectors, peers)
+    yield from _at_length(tokens, budgets, selectors, peers, model)
 
 
-def _at_length(tokens, shares, selectors, peers) -> Iterator[Case]:
-  q, k, v = inputs(tokens)
+def _at_length(tokens, budgets, selectors, peers, model) -> Iterator[Case]:
+  if model:
+    shape = {'heads': HEADS, 'kv_heads': KV_HEADS, 'head_dim': HEAD_DIM}
+    q, k, v = real_heads.read(model, tokens, **shape)
+    whose = f', keys of {pathlib.Path(model).stem}'
+  else:
+    q, k, v = inputs(tokens)
+    whose = ''
   label = f'{tokens // KIB}K' if tokens % KIB == 0 else str(tokens)
   rivals = {}
   if peers:
@@ -125,16 +139,21 @@ def _at_length(tokens, shares, selectors, peers) -> Iterator[Case]:
   pairs = HEADS * tokens * (tokens + 1) // 2
   yield Case(
     'attention',
-    f'dense {label}',
+    f'dense {label}{whose}',
     4.0 * HEAD_DIM * pairs,
     'TFLOP/s',
     {'ours': lambda: Call(_dense, [(q, k, v)])} | rivals,
   )
   for name in selectors:
-    for share in shares:
-      select = selector(name, 1 / share)
+    for budget, density, threshold in budgets:
+      if name == 'vertical_slash' and threshold:
+        continue  # it has none
+      select = selector(name, density, threshold)
       seen = float(_seen(select, q, k))
-      case = f'{name} 1/{share} of {label}, density {seen / pairs:.4f}'
+      case = f'{name} {budget} of {label}, density {seen / pairs:.4f}'
+      if model:
+        mass = float(_mass(select, q, k, v)) / (HEADS * tokens)
+        case += f', mass {mass:.4f}{whose}'
       work = 4.0 * HEAD_DIM * seen
       yield Case(
         'estimate',
@@ -161,6 +180,16 @@ def _seen(select, q, k):
     return listed_keys(select(q, k).blocks, start, lengths)[0]
 
   return count(q, k)
+
+
+def _mass(select, q, k, v):
+  @jax.jit
+  def captured(q, k, v):
+    lse = block_sparse.block_sparse(q, k, v, select(q, k).blocks).lse
+    start, length = jnp.zeros(1, jnp.int32), jnp.full(1, q.shape[1], jnp.int32)
+    return sampled_mass(q, k, lse, q_start=start, lengths=length)[0]
+
+  return captured(q, k, v)
 
 
 def _dense(q, k, v):
