@@ -48,6 +48,40 @@ def test_block_sparse(h, group, dtype, block_k):
   oracle.assert_close(got, want, jnp.dtype(dtype).name)
 
 
+def check_paged(bits, implementation):
+  rng = np.random.default_rng(0)
+  page, width = 64, 14
+  (q, _, _, blocks), kwargs = cases.block_case(
+    t=300, s=page * width, h=128, dtype=BF16, block_q=128, block_k=128, width=5
+  )
+  b, kv = q.shape[0], 2
+  pages = cases.pool(rng, bits, b * kv * width, page, 128, BF16)
+  table = rng.permutation(b * kv * width).reshape(b, kv, width)
+  got = block_sparse.block_sparse_paged(
+    q,
+    pages,
+    jnp.asarray(table, jnp.int32),
+    blocks,
+    **kwargs,
+    implementation=implementation,
+  )
+  k, v = (
+    oracle.dequantise(*leaves)[table].reshape(b, kv, width * page, 128)
+    for leaves in (
+      (pages.k, pages.k_scale, pages.k_zero),
+      (pages.v, pages.v_scale, pages.v_zero),
+    )
+  )
+  want = oracle.block_sparse(q, k, v, blocks, **kwargs)
+  oracle.assert_close(got, want, {16: 'bfloat16', 8: 'int8'}[bits])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('bits', [16, 8])
+def test_block_sparse_paged(bits):
+  check_paged(bits, 'gpu')
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize('t', [1, 70, 700])
 def test_passing_block(t):
@@ -79,6 +113,26 @@ def test_attend_pages(bits, page, t, streaming):
   want = oracle.selected(q, pages, rows, positions, **kwargs)
   kind = {16: 'bfloat16', 8: 'int8', 4: 'int4'}[bits]
   oracle.assert_close(got, want, kind)
+
+
+def check_tokens(bits, t, streaming, implementation):
+  args, kwargs = cases.token_case(
+    t=t, h=128, bits=bits, dtype=BF16, streaming=streaming, width=300
+  )
+  got = selected_token.attend_tokens(
+    *args, **kwargs, implementation=implementation
+  )
+  want = oracle.selected(*args, **kwargs)
+  kind = {16: 'bfloat16', 8: 'int8', 4: 'int4'}[bits]
+  oracle.assert_close(got, want, kind)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('bits', [16, 8, 4])
+@pytest.mark.parametrize('t', [1, 16])
+@pytest.mark.parametrize('streaming', [False, True])
+def test_attend_tokens(bits, t, streaming):
+  check_tokens(bits, t, streaming, 'gpu')
 
 
 @pytest.mark.gpu
