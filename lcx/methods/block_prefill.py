@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels_pallas.block_sparse import block_sparse, dense_blocks
-from lcx.methods import shards
+from lcx.methods import prompt_tail, shards
 from lcx.methods.base import Context, Prefill, Rope, Trace
 from lcx.methods.dense import dense_pairs
 from lcx.policy import AS_MEASURED
@@ -42,10 +42,13 @@ class BlockPrefill(Prefill):
       ones, their rows list everything. -1: a batch all of whose prompts are
       below the crossover that was measured on this device for these heads
       (lcx/policy.json) is read densely; never, where none was measured.
+    tail: last tokens of a prompt that see everything (prompt_tail.py), beside
+      what was selected for their blocks. 0, as published: none.
   """
 
   width: int | None = None
   dense_below: int = AS_MEASURED
+  tail: int = 0
 
   @property
   def measured_as(self) -> str:
@@ -85,6 +88,8 @@ class BlockPrefill(Prefill):
         f'prefill.width={self.width} must be at least 3: a row always lists '
         'the sink block and the blocks that its diagonal may cross'
       )
+    if self.tail < 0:
+      raise ValueError(f'prefill.tail={self.tail} must be at least 0')
     if self.dense_below < AS_MEASURED:
       raise ValueError(
         f'prefill.dense_below={self.dense_below} must be at least -1, which '
@@ -127,9 +132,16 @@ class BlockPrefill(Prefill):
       local = jnp.swapaxes(rotated, 1, 2)
       selected = self.select(q, local, keys, q_start=q_start, ctx=ctx)
       out, lse = block_sparse(q, keys, values, selected.blocks, **where)
+      again = jnp.zeros((batch, 1), jnp.int32)
+      if self.tail:
+        out, lse, again = prompt_tail.read_densely(
+          out, lse, q, keys, values, self.tail, **where
+        )
       if not ctx.trace:
         return out, ()
       seen = listed_keys(selected.blocks, **where)
+      # Both readings of the tail count, as both are paid for.
+      seen = jnp.minimum(seen + heads * jnp.sum(again, axis=1), pairs)
       mass = sampled_mass(q, keys, lse, **where)
       estimated, cut = _over_queries(selected, where)
       return out, (seen, mass, estimated, cut)

@@ -41,7 +41,7 @@ from kernels_pallas.selected_token import attend_pages
 from lcx import cache as caches
 from lcx.cache import CacheShape
 from lcx.cache.base import split
-from lcx.methods import shards
+from lcx.methods import prompt_tail, shards
 from lcx.methods.base import Context, Decode, Method, Prefill, Rope, Trace
 from lcx.methods.dense import decode_trace, dense_pairs, dense_trace
 from lcx.select import chunk_grid, soft_vote, working_set
@@ -90,6 +90,11 @@ class TokenSelectPrefill(ChunkRules, Prefill):
     keys, values = shards.gather_sequence(frame, v, ctx.axes)
     grid = ChunkGrid.make(length, self.chunk, ctx)
     out, lse, seen = self.by_chunk(q, keys, values, grid, rope, ctx)
+    if self.tail:
+      out, lse, again = prompt_tail.read_densely(
+        out, lse, rope(q, ctx.positions), keys, values, self.tail, **where
+      )
+      seen = jnp.maximum(seen, again)
     trace = None
     if ctx.trace:
       seen = jnp.sum(jnp.where(ctx.valid, seen, 0), axis=1, dtype=jnp.float32)

@@ -131,11 +131,14 @@ class ChunkRules(TokenRules):
     merge: cosine of two neighbouring chunks' pooled queries, from which on they
       vote with one query; 1: every chunk for itself.
     merged: tokens that vote with one query at most.
+    tail: last tokens of a prompt that see everything, which their chunk's query
+      would outvote (lcx/methods/prompt_tail.py). 0, as published: none.
   """
 
   chunk: int = 512
   merge: float = 1.0
   merged: int = 2048
+  tail: int = 0
 
   def check(self, config, capacity: int) -> None:
     super().check(config, capacity)
@@ -151,6 +154,11 @@ class ChunkRules(TokenRules):
       raise ValueError(
         f"positions='rank' keeps positions below sink + k + local, but a "
         f'chunk={self.chunk} votes at local and beyond: raise k={self.k}'
+      )
+    if self.tail < 0 or (self.tail and self.positions == 'rank'):
+      raise ValueError(
+        f'tail={self.tail} must be at least 0, and 0 with '
+        "positions='rank': it sees all tokens where they stand"
       )
     if not 0 <= self.merge <= 1:
       raise ValueError(f'merge={self.merge} must be within 0 and 1')

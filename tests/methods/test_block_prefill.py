@@ -162,3 +162,27 @@ def test_lserve_reads_the_entry_of_the_heads_it_selects_for(monkeypatch):
 def test_only_lengths_and_as_measured_are_legal():
   with pytest.raises(ValueError, match=r'dense_below=-2 must be at least -1'):
     tight('xattention', dense_below=-2).check(None, 1000)
+
+
+@pytest.mark.parametrize('name', SELECTORS)
+@pytest.mark.parametrize('tail', [1, 40, 700])
+def test_the_tail_of_a_prompt_sees_everything(name, tail):
+  length = 600
+  plain = tight(name, dense_below=0)
+  out, trace = jax.jit(layer(plain, 640))([length])
+  got, read = jax.jit(layer(dataclasses.replace(plain, tail=tail), 640))(
+    [length]
+  )
+  q, k, v = (x[0] for x in tokens(640))
+  first = max(length - tail, 0)
+  np.testing.assert_array_equal(got[0, :first], out[0, :first])
+  for row in {first, length - 1}:
+    weight = np.exp(k[: row + 1, 1] @ q[row, 3] * H**-0.5)
+    want = weight @ v[: row + 1, 1] / weight.sum()
+    np.testing.assert_allclose(got[0, row, 3], want, rtol=1e-4, atol=1e-5)
+  if tail > 1:
+    assert trace.keys < read.keys <= read.pairs
+  if tail >= length:
+    np.testing.assert_allclose(read.mass, length * HEADS, rtol=1e-5)
+  else:
+    assert np.any(np.abs(got[0, first:length] - out[0, first:length]) > 1e-4)
