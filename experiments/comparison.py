@@ -58,7 +58,7 @@ class Line:
     mass: mean captured softmax mass of the prefill; None where it is not known.
     degenerate: the marked rows' share.
     keys: mean of keys that a query of decode attended.
-    kv_bytes: mean bytes of keys and values on the device.
+    kv_bytes: mean bytes of a sequence's keys and values on the device.
     host_bytes: mean bytes on the host.
     prefill_ms: median.
     decode_ms: median, a token.

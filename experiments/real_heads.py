@@ -4,7 +4,8 @@ A benchmark of 32 / 8 heads of 128 runs on what a small model computes: heads of
 several layers stand side by side as heads of one, those that share a kv head
 together, and channels that the small model lacks are zero, which changes no
 score. A context longer than the model's own is several, one behind the other;
-where the text ends it begins again.
+where the text ends it begins again. Positions begin anew in each piece, so that
+scores across pieces are no model's: captured mass beyond a piece is synthetic.
 """
 
 import math
@@ -64,8 +65,11 @@ def read(
     text: a file; '': Python's documentation.
 
   Raises:
-    ValueError: the text is too short, or the model has wider heads or too few.
+    ValueError: the text is too short, the model has wider heads or too few, or
+      N is no multiple of K.
   """
+  if heads % kv_heads:
+    raise ValueError(f'{heads=} is no multiple of {kv_heads=}')
   model = models.load(models.find(spec, 0), 'bfloat16')
   config = model.config
   if config.head_dim > head_dim:

@@ -3,8 +3,8 @@
 A program attends the queries of one kv head over one split of its page list:
 one warpgroup that keeps a ring of TMA copies in flight ahead of itself. The 64
 rows of a wgmma are keys (of the scores), then channels (of the output); the
-queries, T * G of them, are its columns, of which it takes any 8. So the softmax
-is of T * G numbers a key and not of 64. Splits are merged by XLA.
+queries, T * G of them, are its columns, of which it takes any multiple of 8. So
+the softmax is of T * G numbers a key and not of 64. Splits are merged by XLA.
 
 Quantised pages are spread to bfloat16 as codes, keys in registers, values in
 shared memory; scales and zeros multiply the scores and the weights, not the
@@ -30,8 +30,9 @@ from kernels_pallas.partial import Partial, merge_axis
 SPREAD4 = 128.0  # what `_spread4` adds to every code
 KEY = plgpu.Layout.WGMMA.reduce(1)  # one number a key
 QUERY = plgpu.Layout.WGMMA.reduce(0)  # one number a query
-# Of a program, at most: with more its registers would not suffice.
-QUERIES = {16: 64, 8: 32, 4: 32}
+# Of a program, by bits, and half of it for head dims above 128: with more its
+# registers would not suffice.
+MOST_QUERIES = {16: 64, 8: 32, 4: 32}
 UNUSED = 2**30  # a page that starts there is never visible
 # Programs for each of 132 multiprocessors, and the shared memory of one (of
 # 227 KiB together). Reading 16-bit pages is bound by bytes: one program with
@@ -40,6 +41,7 @@ UNUSED = 2**30  # a page that starts there is never visible
 PROGRAMS = {16: 1, 8: 2, 4: 2}
 MULTIPROCESSORS = 132
 SHARED_BYTES = 224 * 1024
+OTHER_BYTES = 4 * 1024  # of a program: reductions, barriers, the system's own
 # Lists longer than this many tiles a split are cut at their used length, which
 # costs a small launch; shorter ones are cut at their width.
 LONG_SPLIT = 8
@@ -51,11 +53,12 @@ class DecodeSizes:
 
   Attributes:
     stages: tiles of keys and values in flight a program; 0: as many as leave
-      room for a second program on the multiprocessor.
-    splits: programs a (row, kv head); 0: as many as fill the chip.
+      room for the other `PROGRAMS` on the multiprocessor.
+    splits: programs a (row, kv head, block of queries); 0: as many as fill the
+      chip.
     keys: of a tile, 64 or 128: a page of that size, several smaller ones, or a
       part of a larger one; 0: 128 for long lists, which are read faster so,
-      else 64.
+      if registers suffice (head dim at most 128, few queries), else 64.
   """
 
   stages: int = 0
@@ -188,7 +191,8 @@ def _attend(
   if t * group > 8:  # TMA takes fewer than 8 rows, or whole groups of 8
     rows = mosaic_gpu.pad_to(rows, 2, 8)
   # Queries of a program.
-  wide = min(QUERIES[pages.bits], -(-t * group // 8) * 8)
+  most = MOST_QUERIES[pages.bits] // (1 if h <= 128 else 2)
+  wide = min(most, -(-t * group // 8) * 8)
   blocks = -(-t * group // wide)
   programs = MULTIPROCESSORS * PROGRAMS[pages.bits]
   splits = sizes.splits or max(1, programs // (b * kv * blocks))
@@ -242,9 +246,10 @@ def _attend(
 
 
 def _default_stages(h: int, pages: Pages, keys: int, wide: int) -> int:
+  """Tiles in flight for which the shared memory of a program has room."""
   spread = {16: 0, 8: 1, 4: 2}[pages.bits] * keys
   scales = {16: 0, 8: 8, 4: 16}[pages.bits] * keys
-  fixed = 2 * h * (wide + spread) + 2 * wide * (keys + 2)
+  fixed = 2 * h * (wide + spread) + 2 * wide * (keys + 2) + OTHER_BYTES
   stage = keys * h * pages.bits // 4 + scales
   room = SHARED_BYTES // PROGRAMS[pages.bits] - fixed
   return max(2, min(8, room // stage))
@@ -574,9 +579,9 @@ def _decode(
     ],
     grid=(b, splits, kv * blocks),
     grid_names=('batch', 'splits', 'heads'),
-    # A barrier at every store and copy would cost more than the arithmetic:
-    # those of `commit_smem` stand where a warp could run ahead of the others,
-    # before what they still read is written again.
+    # A barrier at every store and copy is latency, which short lists are made
+    # of. Those of `commit_smem` stand where a warp could run ahead of the
+    # others, before what they still read is written again.
     compiler_params=plgpu.CompilerParams(
       approx_math=True, unsafe_no_auto_barriers=True
     ),

@@ -10,9 +10,8 @@ layer compiles once for all of them.
 Layout. Matrices are stored inputs last, so that products of one token read
 rows. q, k and v are one matrix [K G+2 H D]: kv head by kv head, its G query
 heads, its key, its value. gate and up are one matrix [F 2 D], row by row. One
-product instead of three or two (for one token of an 8B model, two products of
-half the bytes took 62 us on an H200, one 56), and each splits over a mesh axis
-without moving anything.
+product instead of three or two, and each splits over a mesh axis without moving
+anything.
 """
 
 import dataclasses

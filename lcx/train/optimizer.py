@@ -10,7 +10,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 _MATRICES = {
   'qkv': MuonDimensionNumbers(4, (1, 2, 3)),  # [L K G+2 H D]
   'o': MuonDimensionNumbers((2, 3), 1),  # [L D N H]
-  'gate_up': MuonDimensionNumbers(3, (1, 2)),  # [L F 2 D]
+  'gate_up': MuonDimensionNumbers(3, (1, 2)),  # [L F 2 D], as one matrix
   'down': MuonDimensionNumbers(2, 1),  # [L D F]
 }
 

@@ -56,6 +56,18 @@ def test_only_what_fits_and_is_dense_is_shared():
   assert not Readings(1e9).fits(other, (2, 384))
 
 
+def test_bytes_are_of_a_sequence_whatever_the_batch():
+  two = make_engine(methods.get_method('dense'))
+  one = Engine(
+    CONFIG, two.weights, two.method, capacity=CAPACITY, batch=1, room=64
+  )
+  sizes = [
+    engine.generate(PROMPTS[:n], 2)[0][0].kv_bytes
+    for n, engine in ((1, one), (2, two))
+  ]
+  assert sizes[0] == pytest.approx(sizes[1], rel=0.01) and sizes[0] > 2**16
+
+
 def test_scores_are_the_logits_before_each_token():
   engine = make_engine(methods.get_method('quest').at_tight_budget(300))
   asked = [p.question(0)[:n] for p, n in zip(PROMPTS, (9, 4))]

@@ -59,6 +59,7 @@ def test_scores_are_the_model_s_own():
   'shape, match',
   (
     ({'head_dim': 1}, 'do not fit'),
+    ({'heads': 3}, 'no multiple'),
     ({'kv_heads': 1000}, 'fewer than'),
     ({'text': 'a few words'}, 'are read at once'),
   ),

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from experiments import gpu_schedule
+from kernels_pallas.selected_token import gpu as selected_token_gpu
 
 needs_compiler = pytest.mark.skipif(
   gpu_schedule.missing() is not None,
@@ -46,6 +47,15 @@ def test_a_kernel_compiles_without_spills(case):
   if want['versions'] == found['versions']:  # layouts are searched for: about
     for name in MEASURED:
       assert found[name] == pytest.approx(want[name], rel=0.1), name
+
+
+def test_as_many_decode_programs_fit_as_splits_are_made_for():
+  rows = [r for r in committed() if r['kernel'] == 'attend_pages']
+  for row in rows:
+    programs = selected_token_gpu.PROGRAMS[row['bits']]
+    # Of 228 KiB a multiprocessor, 1 KiB a program is the system's.
+    assert programs * (row['shared_bytes'] + 1024) <= 228 * 1024, row
+  assert len(rows) == 6
 
 
 def test_every_kernel_has_its_row():

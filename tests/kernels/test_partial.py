@@ -7,6 +7,7 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from kernels_pallas import partial
 
@@ -51,16 +52,31 @@ def test_empty_is_neutral_and_all_empty_is_not_nan():
   np.testing.assert_array_equal(merged.lse, some.lse)
 
 
-def test_merge_keeps_the_first_dtype_and_any_axis():
+@pytest.mark.parametrize('n', [1, 5, 33, 40])  # few are written out
+def test_merge_keeps_the_first_dtype_and_any_axis(n):
   rng = np.random.default_rng(0)
-  out = jnp.asarray(rng.normal(size=(2, 5, 3, 4)), jnp.bfloat16)
-  lse = jnp.asarray(rng.normal(size=(2, 5, 3)), jnp.float32)
+  out = jnp.asarray(rng.normal(size=(2, n, 3, 4)), jnp.bfloat16)
+  lse = 3 * rng.normal(size=(2, n, 3)).astype(np.float32)
+  lse[0, 0, 0] = lse[1, :, 2] = -np.inf
+  out = jnp.where(lse[..., None] > -np.inf, out, 0)  # as empty parts are
+  lse = jnp.asarray(lse)
   stacked = partial.merge_axis(partial.Partial(out, lse), axis=-2)
-  parts = [partial.Partial(out[:, i], lse[:, i]) for i in range(5)]
-  merged = partial.merge(*parts)
-  assert merged.out.dtype == jnp.bfloat16
-  np.testing.assert_array_equal(merged.out, stacked.out)
-  np.testing.assert_array_equal(merged.lse, stacked.lse)
+  merged = partial.merge(
+    *(partial.Partial(out[:, i], lse[:, i]) for i in range(n))
+  )
+  top = np.max(lse, axis=1, where=np.isfinite(lse), initial=-1e3)
+  weight = np.exp(np.asarray(lse, np.float64) - top[:, None])
+  total = weight.sum(1)
+  want = (weight[..., None] * np.asarray(out, np.float64)).sum(1)
+  want = want / np.where(total > 0, total, 1)[..., None]
+  with np.errstate(divide='ignore'):
+    want_lse = np.log(total) + top
+  for got in (merged, stacked):
+    assert got.out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+      np.asarray(got.out, np.float64), want, rtol=1e-2, atol=1e-2
+    )
+    np.testing.assert_allclose(got.lse, want_lse, rtol=1e-5, atol=1e-5)
 
 
 def test_merge_under_vmap_matches_merge_over_a_mapped_axis():
