@@ -67,7 +67,8 @@ Made by `python -m experiments.quality_tables` from `{rows}`
 Up to thirteen of these runs shared the GPU, so their times and peak memory mean
 nothing: the rows are kept without them, and nothing here is a speed but what
 stands as dense over a selector's time, measured apart. `kv_bytes` of a row of
-revision 7f73c55a23f0 is of its whole batch. Runs that are not complete ended at their time limit.
+revision 7f73c55a23f0 is of its whole batch. Runs that are not complete ended at
+their time limit.
 
 - score: mean over samples, 0 to 1; "all": mean over the tasks above it.
 - vs dense: mean difference over the samples that both answered, its 95%
