@@ -9,8 +9,8 @@ to 32K) or `model=smollm` (SmolLM2-135M-Instruct, 2K to 8K, and 16K beyond what
 it was trained for); `length=`, `method=` (beside dense), `task=`, `protocol=`
 (whole or context_first) narrow a piece; `few` keeps the methods that are
 named in _METHODS; `samples=100` for cells that carry a claim; `smoke`. The
-weights are files of `.cache/models`, or `--config.model=PATH`; every row carries
-their SHA-256.
+weights are files of `.cache/models`, or `--config.model=PATH`; every row
+carries their SHA-256.
 """
 
 from configs import common

@@ -37,6 +37,11 @@ def get_config(arg=''):
     'snapkv': {'decode': {'budget': 512}},
     'xattention': {'prefill': SELECT},
   }
+  tail = {'tail': 64}  # the question's tokens see everything
+  rows |= {
+    f'{name} tail': {'method': name, 'prefill': rows[name]['prefill'] | tail}
+    for name in ('spargeattn', 'xattention')
+  }
   if not (arg.method or arg.few or arg.smoke):
     rows |= sweep()
   if arg.smoke and not arg.method:

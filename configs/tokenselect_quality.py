@@ -2,8 +2,8 @@
 
 python -m experiments.run --config=configs/tokenselect_quality.py
 
-Arguments: `vary=k|chunk|local|threshold|vote|scoring` (one column of the
-table), `length=N`, `samples=N`, `heads=14/2` (query and kv heads of
+Arguments: `vary=k|chunk|local|tail|threshold|vote|scoring` (one column of the
+table), `task=NAME` (one of the tasks), `length=N`, `samples=N`, `heads=14/2` (query and kv heads of
 --config.model, for the release's head mapping), `smoke`. `needle` takes the
 bundled model, with lists an eighth as long and tasks it can do: minutes on a
 CPU. Another model: --config.model=qwen2.5-coder-0.5b-instruct.gguf, with
@@ -28,7 +28,13 @@ BOUNDS = {'page': 16, 'stats': True}
 
 def get_config(arg=''):
   arg = common.parse_arg(
-    arg, vary='', length=8192, samples=100, heads='9/3', needle=False
+    arg,
+    vary='',
+    task='',
+    length=8192,
+    samples=100,
+    heads='9/3',
+    needle=False,
   )
   config = common.base('evaluate', 'TokenSelect: what each choice is worth')
   config.model = '.cache/models/SmolLM2-135M-Instruct.Q4_1.gguf'
@@ -55,6 +61,8 @@ def get_config(arg=''):
     config.tasks = common.table(
       {'niah_single_2': {'questions': 1}, 'niah_multikey_1': {'questions': 1}}
     )
+  if arg.task:
+    config.tasks = common.table({arg.task: {}})
   if arg.smoke:
     config.model = 'preset:tiny'
     config.methods = common.table({'dense': {}, 'tokenselect': method(16)})
@@ -117,6 +125,8 @@ def rows(vary, length, small, heads):
       f'local={n}': make(local=n // small, k=(2560 - n) // small)
       for n in (1024, 1536)
     },
+    # What only the question asks for is outvoted in the query of its chunk.
+    'tail': {f'tail={n}': make(prefill={'tail': n}) for n in (64, 256)},
     'threshold': {
       f'threshold={n}': make(decode={'threshold': n / 100})
       for n in (50, 60, 70, 80, 90, 100)

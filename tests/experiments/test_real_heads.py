@@ -60,7 +60,7 @@ def test_scores_are_the_model_s_own():
   (
     ({'head_dim': 1}, 'do not fit'),
     ({'heads': 3}, 'no multiple'),
-    ({'kv_heads': 1000}, 'fewer than'),
+    ({'heads': 1000, 'kv_heads': 1000}, 'fewer than'),
     ({'text': 'a few words'}, 'are read at once'),
   ),
 )
