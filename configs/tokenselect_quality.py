@@ -3,11 +3,11 @@
 python -m experiments.run --config=configs/tokenselect_quality.py
 
 Arguments: `vary=k|chunk|local|tail|threshold|vote|scoring` (one column of the
-table), `task=NAME` (one of the tasks), `length=N`, `samples=N`, `heads=14/2` (query and kv heads of
---config.model, for the release's head mapping), `smoke`. `needle` takes the
-bundled model, with lists an eighth as long and tasks it can do: minutes on a
-CPU. Another model: --config.model=qwen2.5-coder-0.5b-instruct.gguf, with
-`heads=14/2,length=32768`.
+table), `task=NAME` (one of the tasks), `length=N`, `samples=N`, `heads=14/2`
+(query and kv heads of --config.model, for the release's head mapping), `smoke`.
+`needle` takes the bundled model, with lists an eighth as long and tasks it can
+do: minutes on a CPU. Another model:
+--config.model=qwen2.5-coder-0.5b-instruct.gguf, with `heads=14/2,length=32768`.
 
 A row's `count_hits` and `count_selections` say how often decode's list served
 again; `count_lost_votes` / `count_selections` is the mean share of votes that a

@@ -128,6 +128,11 @@ class LServePrefill(Prefill):
     chooser = self.chooser()
     if chooser:
       chooser.check(config, capacity)
+    if chooser and chooser.tail:
+      raise ValueError(
+        f'prefill.dynamic with tail={chooser.tail}: lserve reads no tail of a '
+        'prompt densely, since streaming heads see none so'
+      )
 
   def chooser(self) -> BlockPrefill | None:
     """What selects blocks for retrieval heads."""

@@ -14,6 +14,7 @@ from lcx.cache import CacheShape
 from lcx.methods.base import Context
 from lcx.methods.block_prefill import BlockPrefill
 from lcx.methods.lserve import LServePrefill, TwoWayPaged
+from lcx.models.presets import PRESETS
 from lcx.policy import AS_MEASURED, Policy
 
 HEADS, K, H = 4, 2, 8
@@ -159,9 +160,17 @@ def test_lserve_reads_the_entry_of_the_heads_it_selects_for(monkeypatch):
   assert not selects(monkeypatch, dataclasses.replace(part, dense_below=200))
 
 
-def test_only_lengths_and_as_measured_are_legal():
+def test_bad_numbers_are_refused():
   with pytest.raises(ValueError, match=r'dense_below=-2 must be at least -1'):
     tight('xattention', dense_below=-2).check(None, 1000)
+  with pytest.raises(ValueError, match='tail=-1 must be at least 0'):
+    tight('xattention', tail=-1).check(None, 1000)
+  with pytest.raises(ValueError, match='lserve reads no tail'):
+    LServePrefill(dynamic=tight('xattention', tail=64)).check(None, 1000)
+  with pytest.raises(ValueError, match="0 with positions='rank'"):
+    part = methods.get_method('tokenselect').prefill
+    part = dataclasses.replace(part, positions='rank', tail=64)
+    part.check(PRESETS['tiny'], 10_000)
 
 
 @pytest.mark.parametrize('name', SELECTORS)
