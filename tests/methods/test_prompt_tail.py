@@ -1,0 +1,47 @@
+"""The tail of a prompt over sequence shards: as on one device."""
+
+import jax
+import numpy as np
+import pytest
+
+from lcx import methods, sharding
+from lcx.engine import Engine
+from lcx.models import transformer
+from tests.methods.test_conformance import CONFIG, answer_scores, prompt
+
+
+def answers(method, mesh, contexts):
+  engine = Engine(
+    CONFIG,
+    transformer.init(CONFIG, jax.random.key(0)),
+    method,
+    capacity=384,
+    batch=len(contexts),
+    room=64,
+    mesh=sharding.make_mesh(*mesh),
+  )
+  rows = [prompt(8 + i, context=c) for i, c in enumerate(contexts)]
+  return answer_scores(engine, rows, steps=4)
+
+
+@pytest.mark.mesh
+@pytest.mark.parametrize('name', ['xattention', 'tokenselect'])
+def test_sharded_equals_unsharded(name):
+  # Its rows lie on two shards of four in one prompt, on one in the other.
+  fields = {'prefill.tail': 70}
+  if name == 'xattention':
+    fields |= {'threshold': None, 'density': 0.2, 'dense_below': 0}
+  else:
+    small = {'k': 40, 'sink': 4, 'local': 32}
+    fields |= {f'prefill.{k}': v for k, v in small.items()}
+    fields |= {f'decode.{k}': v for k, v in small.items()}
+    fields |= {'chunk': 32, 'decode.reuse': 4}
+  method = methods.get_method(name, **fields)
+  without = methods.get_method(name, **{**fields, 'prefill.tail': 0})
+  contexts = (300, 115)
+  tokens, scores = answers(method, (1, 1, 1), contexts)
+  _, plain = answers(without, (1, 1, 1), contexts)
+  assert np.max(np.abs(np.asarray(scores) - np.asarray(plain))) > 1e-3
+  got, got_scores = answers(method, (2, 4, 1), contexts)
+  assert got == tokens
+  np.testing.assert_allclose(got_scores, scores, rtol=2e-3, atol=2e-3)
