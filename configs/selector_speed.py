@@ -40,7 +40,5 @@ def get_config(arg=''):
     config.numbers.shares = (2,)
     config.numbers.selectors = ('xattention_16',)
     config.numbers.peers = False
-    config.numbers.model = 'lcx/models/needle'
-    config.numbers.thresholds = (0.9,)
     config.repeats = 1
   return config

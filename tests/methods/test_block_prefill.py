@@ -173,8 +173,16 @@ def test_bad_numbers_are_refused():
     part.check(PRESETS['tiny'], 10_000)
 
 
-@pytest.mark.parametrize('name', SELECTORS)
-@pytest.mark.parametrize('tail', [1, 40, 700])
+@pytest.mark.parametrize(
+  ('name', 'tail'),
+  [('xattention', 40)]
+  + [
+    pytest.param(name, tail, marks=pytest.mark.long)
+    for name in SELECTORS
+    for tail in (1, 40, 700)
+    if (name, tail) != ('xattention', 40)
+  ],
+)
 def test_the_tail_of_a_prompt_sees_everything(name, tail):
   length = 600
   plain = tight(name, dense_below=0)

@@ -25,7 +25,9 @@ def answers(method, mesh, contexts):
 
 
 @pytest.mark.mesh
-@pytest.mark.parametrize('name', ['xattention', 'tokenselect'])
+@pytest.mark.parametrize(
+  'name', ['xattention', pytest.param('tokenselect', marks=pytest.mark.long)]
+)
 def test_sharded_equals_unsharded(name):
   # Its rows lie on two shards of four in one prompt, on one in the other.
   fields = {'prefill.tail': 70}
