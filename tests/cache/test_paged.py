@@ -161,6 +161,16 @@ def test_ring_heads_keep_sink_and_recent_tokens():
   np.testing.assert_array_equal(cache.stats_heads(), [0])
 
 
+def test_every_head_of_a_layer_may_be_a_ring():
+  cache = empty(dataclasses.replace(MIXED, ring_heads=((True, True),)), 4)
+  for step in range(5):
+    cache = feed(cache, [[4 * step + i for i in range(4)], [], [], []], 4)
+  for head in range(2):
+    keys, _ = reading.read(cache)[0][head]
+    assert {0, 1, 2, 3, 4} | set(range(11, 20)) <= set(keys)
+  np.testing.assert_array_equal(cache.stats_heads(), [-1])
+
+
 def test_queries_find_their_window_after_an_append_within_slack():
   """4 tokens at once: the first one's query still finds 9 recent tokens."""
   cache = feed(empty(MIXED, 4), [list(range(23))] + [[]] * 3, 23)

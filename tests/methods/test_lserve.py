@@ -489,9 +489,8 @@ def test_with_streaming_heads_full_budget_equals_dense():
   np.testing.assert_allclose(scores, want, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize(
-  'dynamic', [pytest.param('', marks=pytest.mark.long), 'xattention']
-)
+@pytest.mark.long  # test_paged has a cache of such a layer
+@pytest.mark.parametrize('dynamic', ['', 'xattention'])
 def test_all_heads_of_a_layer_may_stream(tmp_path, dynamic):
   heads = TINY.n_kv_heads
   path = tmp_path / 'profile.json'
