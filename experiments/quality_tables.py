@@ -26,8 +26,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments import comparison
-from experiments.comparison import BASELINE, Difference, Line
+from experiments.comparison import BASELINE, Line
 from experiments.plots import MARKERS, tidy
+from experiments.report import difference, labelled, markdown_table, number
 from experiments.results import Row, write_file
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
@@ -246,12 +247,12 @@ def _run(rows: Sequence[Row]) -> str:
     [
       line.protocol.replace('_', ' '),
       line.task,
-      _named(line),
+      labelled(line),
       f'{line.n}',
-      _number(line.score, 2),
-      *_difference(line.difference),
-      _number(line.density, 3),
-      _number(line.mass, 3),
+      number(line.score, 2),
+      *difference(line),
+      number(line.density, 3),
+      number(line.mass, 3),
     ]
     for line in body
   ]
@@ -285,15 +286,15 @@ def _gaps(lines: Sequence[Line]) -> str:
 
 
 def _traded(line: Line, rows: Sequence[Row], times: Speeds) -> list[str]:
-  mean, interval, won = _difference(line.difference)
+  mean, interval, won = difference(line)
   return [
     line.model,
     f'{line.length}',
     line.protocol.replace('_', ' '),
     line.task,
-    _named(line),
-    _number(_prefill_density(rows), 3),
-    _number(line.mass, 3),
+    labelled(line),
+    number(_prefill_density(rows), 3),
+    number(line.mass, 3),
     *(mean, interval, won),
     _faster(selector(rows[0]), line.length, times),
   ]
@@ -319,7 +320,7 @@ def _faster(name: str, length: int, times: Speeds) -> str:
 
 def _both(name: str, length: int, times: Speeds) -> str:
   found = (times.get((name, length, share)) for share in _SHARES)
-  return ', '.join(_number(ratio, 2) for ratio in found)
+  return ', '.join(number(ratio, 2) for ratio in found)
 
 
 def _times(times: Speeds) -> str:
@@ -336,31 +337,8 @@ def _times(times: Speeds) -> str:
   return _table(head, cells)
 
 
-def _number(value: float | None, digits: int) -> str:
-  return '-' if value is None else f'{value:.{digits}f}'
-
-
-def _signed(value: float) -> str:
-  return f'{value:+.2f}'.replace('-0.00', '+0.00')
-
-
-def _difference(d: Difference | None) -> tuple[str, str, str]:
-  if d is None:
-    return '', '', ''
-  interval = f'[{_signed(d.low)}, {_signed(d.high)}]'
-  return _signed(d.mean), interval, f'{d.won}/{d.lost} of {d.pairs}'
-
-
-def _named(line: Line) -> str:
-  return line.method + (' !' if line.degenerate > 0 else '')
-
-
 def _table(head: str, cells: Sequence[Sequence[str]]) -> str:
-  names = head.split('|')
-  words = ('model', 'protocol', 'task', 'method', '95% interval')
-  rule = [':--' if name in words else '--:' for name in names]
-  lines = [names, rule, *cells]
-  return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+  return markdown_table([head.split('|'), *cells])
 
 
 @matplotlib.rc_context({'font.size': 8, 'axes.grid': True, 'grid.alpha': 0.25})

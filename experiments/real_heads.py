@@ -21,7 +21,6 @@ from lcx.cache import Dense
 from lcx.engine import Engine
 from lcx.methods.base import Decode, Method, Prompt
 from lcx.methods.dense import DensePrefill
-from lcx.models.load import Model
 from lcx.tasks.haystacks import default_text
 
 
@@ -87,8 +86,10 @@ def read(
       'longer one'
     )
   ids = np.resize(ids, tokens)
+  method = Method('collect', DensePrefill(), Dense(), _Collect())
+  engine = Engine(config, model.weights, method, capacity=piece, trace=False)
   read_in = [
-    _piece(model, ids[at : at + piece], kv_heads)
+    _piece(engine, ids[at : at + piece], kv_heads)
     for at in range(0, tokens, piece)
   ]
   q, k, v = (jnp.concatenate(x, axis=1) for x in zip(*read_in, strict=True))
@@ -100,11 +101,9 @@ def read(
   return q, k.swapaxes(1, 2), v.swapaxes(1, 2)
 
 
-def _piece(model: Model, ids, kv_heads: int) -> tuple[Array, Array, Array]:
+def _piece(engine: Engine, ids, kv_heads: int) -> tuple[Array, Array, Array]:
   """Of one prompt: q [1 T K G H], k and v [1 T K H]."""
-  config = model.config
-  method = Method('collect', DensePrefill(), Dense(), _Collect())
-  engine = Engine(config, model.weights, method, capacity=len(ids), trace=False)
+  config = engine.config
   nothing = np.zeros((0,), np.int32)
   states = engine.prefill([Prompt(nothing, ids, ())]).states
   # Of all (layer, kv head), as evenly as they come.

@@ -49,23 +49,26 @@ NOTES = (
 )
 
 
-def _number(value: float | None, digits: int, signed: bool = False) -> str:
+def number(value: float | None, digits: int, signed: bool = False) -> str:
+  """With so many decimals; '-' where there is none; never a negative zero."""
   if value is None:
     return '-'
   text = f'{value:{"+" if signed else ""}.{digits}f}'
   return text.replace('-', '+', 1) if float(text) == 0 and signed else text
 
 
-def _difference(line: Line) -> tuple[str, str, str]:
+def difference(line: Line) -> tuple[str, str, str]:
+  """Mean difference to dense, its interval, won and lost; '' of dense."""
   d = line.difference
   if d is None:
     return '', '', ''
-  mean = _number(d.mean, 2, signed=True)
-  low, high = (_number(v, 2, signed=True) for v in (d.low, d.high))
+  mean = number(d.mean, 2, signed=True)
+  low, high = (number(v, 2, signed=True) for v in (d.low, d.high))
   return mean, f'[{low}, {high}]', f'{d.won}/{d.lost} of {d.pairs}'
 
 
-def _method(line: Line) -> str:
+def labelled(line: Line) -> str:
+  """The method; with '!' where some rows attended more than half."""
   return line.method + (' !' if line.degenerate > 0 else '')
 
 
@@ -80,11 +83,11 @@ def _quality(lines: Sequence[Line]) -> list[list[str]]:
     table.append(
       [
         *_where(line),
-        _method(line),
+        labelled(line),
         f'{line.n}',
         f'{line.failed}' if line.failed else '',
-        _number(line.score, 2),
-        *_difference(line),
+        number(line.score, 2),
+        *difference(line),
       ]
     )
   if not any(line.failed for line in lines):
@@ -110,14 +113,14 @@ def _cost(lines: Sequence[Line]) -> list[list[str]]:
     table.append(
       [
         f'{line.length}',
-        _method(line),
-        _number(line.keys, 0),
-        _number(line.density, 3),
-        _number(line.mass, 3),
-        _number(None if line.kv_bytes is None else line.kv_bytes / _MIB, 2),
-        _number(None if line.host_bytes is None else line.host_bytes / _MIB, 2),
-        _number(line.prefill_ms, 1),
-        _number(line.decode_ms, 2),
+        labelled(line),
+        number(line.keys, 0),
+        number(line.density, 3),
+        number(line.mass, 3),
+        number(None if line.kv_bytes is None else line.kv_bytes / _MIB, 2),
+        number(None if line.host_bytes is None else line.host_bytes / _MIB, 2),
+        number(line.prefill_ms, 1),
+        number(line.decode_ms, 2),
       ]
     )
   if all(line.mass is None for line in lines):
@@ -147,8 +150,9 @@ def _columns(table: Sequence[Sequence[str]], quiet: int) -> str:
   return '\n'.join(text)
 
 
-def _markdown(table: Sequence[Sequence[str]]) -> str:
-  left = ('task', 'method', '95% interval')
+def markdown_table(table: Sequence[Sequence[str]]) -> str:
+  """Rows of cells, the head first."""
+  left = ('model', 'protocol', 'task', 'method', '95% interval')
   rule = [':--' if name in left else '--:' for name in table[0]]
   rows = [table[0], rule, *table[1:]]
   return '\n'.join(
@@ -195,7 +199,7 @@ def markdown(
 ) -> str:
   """report.md: what was run, Quality, Cost, plots, how to read it."""
   text = [f'# {title}', '', *(f'- {k}: {v}' for k, v in facts.items()), '']
-  sections = _sections(rows, lambda table, _: _markdown(table))
+  sections = _sections(rows, lambda table, _: markdown_table(table))
   for heading, quality, cost in sections:
     text += [f'## Quality: {heading}', '', quality, '']
     text += [f'## Cost: {heading}', '', cost, '']

@@ -75,7 +75,7 @@ def selector(name: str, density: float | None, threshold: float | None = None):
         tokens - 64 + jnp.arange(64)[None],
         k,
         n_queries=tokens,
-        width=max(3, int(blocks * density)) if density else blocks,
+        width=max(3, int(blocks * density)),
         **where,
       )
     where |= {'density': density, 'threshold': threshold}

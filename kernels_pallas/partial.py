@@ -69,8 +69,8 @@ def merge_axis(part: Partial, axis: int, dtype=None) -> Partial:
   part = Partial(part.out.astype(jnp.float32), part.lse)
   n = part.lse.shape[axis]
   if n <= _FEW:
-    # As sums of slices: XLA makes three kernels of a reduction over so few
-    # elements, which cost as much as attention over a short list.
+    # As sums of slices: of a reduction over so few elements XLA makes three
+    # kernels.
     slices = (
       Partial(*(jax.lax.index_in_dim(x, i, axis, False) for x in part))
       for i in range(n)

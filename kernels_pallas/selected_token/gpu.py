@@ -6,9 +6,9 @@ rows of a wgmma are keys (of the scores), then channels (of the output); the
 queries, T * G of them, are its columns, of which it takes any multiple of 8. So
 the softmax is of T * G numbers a key and not of 64. Splits are merged by XLA.
 
-Quantised pages are spread to bfloat16 as codes, keys in registers, values in
-shared memory; scales and zeros multiply the scores and the weights, not the
-keys and values:
+Quantised pages are spread to bfloat16 as codes, in shared memory, but for int8
+keys, which stay in registers; scales and zeros multiply the scores and the
+weights, not the keys and values:
   q . k = k_scale * (q . code - k_zero * sum(q))
   sum_s p v = sum_s (p v_scale) code - sum_s p v_scale v_zero
 """
@@ -34,10 +34,10 @@ QUERY = plgpu.Layout.WGMMA.reduce(0)  # one number a query
 # registers would not suffice.
 MOST_QUERIES = {16: 64, 8: 32, 4: 32}
 UNUSED = 2**30  # a page that starts there is never visible
-# Programs for each of 132 multiprocessors, and the shared memory of one (of
-# 227 KiB together). Reading 16-bit pages is bound by bytes: one program with
-# a deep ring reaches 2% more than two. Codes cost instructions: two programs
-# hide each other's latency.
+# Programs for each of 132 multiprocessors, and the shared memory that they
+# divide (of 228 KiB). Reading 16-bit pages is bound by bytes: one program with
+# a deep ring suffices. Codes cost instructions: two programs hide each other's
+# latency.
 PROGRAMS = {16: 1, 8: 2, 4: 2}
 MULTIPROCESSORS = 132
 SHARED_BYTES = 224 * 1024
@@ -301,7 +301,7 @@ def _decode(
     window: int32 [K] or None.
     group: query heads a kv head.
     scale: of the scores.
-    splits: programs a (row, kv head).
+    splits: programs a (row, kv head, block of queries).
     keys: of a tile.
     wide: queries of a program, a multiple of 8.
     stages: tiles in flight.

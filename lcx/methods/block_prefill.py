@@ -132,7 +132,7 @@ class BlockPrefill(Prefill):
       local = jnp.swapaxes(rotated, 1, 2)
       selected = self.select(q, local, keys, q_start=q_start, ctx=ctx)
       out, lse = block_sparse(q, keys, values, selected.blocks, **where)
-      again = jnp.zeros((batch, 1), jnp.int32)
+      again = None
       if self.tail:
         out, lse, again = prompt_tail.read_densely(
           out, lse, q, keys, values, self.tail, **where
@@ -140,8 +140,8 @@ class BlockPrefill(Prefill):
       if not ctx.trace:
         return out, ()
       seen = listed_keys(selected.blocks, **where)
-      # Both readings of the tail count, as both are paid for.
-      seen = jnp.minimum(seen + heads * jnp.sum(again, axis=1), pairs)
+      if again is not None:  # both readings of the tail are paid for
+        seen = jnp.minimum(seen + heads * jnp.sum(again, axis=1), pairs)
       mass = sampled_mass(q, keys, lse, **where)
       estimated, cut = _over_queries(selected, where)
       return out, (seen, mass, estimated, cut)

@@ -1,27 +1,10 @@
 """The tail of a prompt over sequence shards: as on one device."""
 
-import jax
 import numpy as np
 import pytest
 
-from lcx import methods, sharding
-from lcx.engine import Engine
-from lcx.models import transformer
-from tests.methods.test_conformance import CONFIG, answer_scores, prompt
-
-
-def answers(method, mesh, contexts):
-  engine = Engine(
-    CONFIG,
-    transformer.init(CONFIG, jax.random.key(0)),
-    method,
-    capacity=384,
-    batch=len(contexts),
-    room=64,
-    mesh=sharding.make_mesh(*mesh),
-  )
-  rows = [prompt(8 + i, context=c) for i, c in enumerate(contexts)]
-  return answer_scores(engine, rows, steps=4)
+from lcx import methods
+from tests.methods.test_lserve import answer
 
 
 @pytest.mark.mesh
@@ -41,9 +24,9 @@ def test_sharded_equals_unsharded(name):
   method = methods.get_method(name, **fields)
   without = methods.get_method(name, **{**fields, 'prefill.tail': 0})
   contexts = (300, 115)
-  tokens, scores = answers(method, (1, 1, 1), contexts)
-  _, plain = answers(without, (1, 1, 1), contexts)
+  tokens, scores = answer(method, (1, 1, 1), contexts, 4)
+  _, plain = answer(without, (1, 1, 1), contexts, 4)
   assert np.max(np.abs(np.asarray(scores) - np.asarray(plain))) > 1e-3
-  got, got_scores = answers(method, (2, 4, 1), contexts)
+  got, got_scores = answer(method, (2, 4, 1), contexts, 4)
   assert got == tokens
   np.testing.assert_allclose(got_scores, scores, rtol=2e-3, atol=2e-3)
