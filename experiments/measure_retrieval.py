@@ -305,9 +305,6 @@ def _gathered(config: Config):
   class Collect(Decode):
     """Keeps what an index is made of, and what asks it."""
 
-    def init_state(self, shape):
-      return ()
-
     def observe(self, q, k, v, rope, state, ctx):
       del state
       earlier = ctx.valid & (ctx.positions < config.length)
@@ -320,12 +317,6 @@ def _gathered(config: Config):
       last = last.reshape(b, -1, kv, n // kv, h).transpose(0, 2, 1, 3, 4)
       keys = rope(k, ctx.positions)[:, search.first : until].swapaxes(1, 2)
       return near, keys, last.reshape(b, kv, -1, h)
-
-    def start(self, cache, state):
-      return state
-
-    def attend(self, q, k, v, rope, cache, state, ctx):
-      raise NotImplementedError
 
   source = models.find(config.model, config.seed)
   model = models.load(source, config.dtype)

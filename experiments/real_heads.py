@@ -27,18 +27,9 @@ from lcx.tasks.haystacks import default_text
 class _Collect(Decode):
   """Keeps rotated queries and keys, and values, of a prompt."""
 
-  def init_state(self, shape):
-    return ()
-
   def observe(self, q, k, v, rope, state, ctx):
     del state
     return rope(q, ctx.positions), rope(k, ctx.positions), v
-
-  def start(self, cache, state):
-    return state
-
-  def attend(self, q, k, v, rope, cache, state, ctx):
-    raise NotImplementedError
 
 
 def read(
