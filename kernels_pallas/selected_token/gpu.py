@@ -6,9 +6,10 @@ rows of a wgmma are keys (of the scores), then channels (of the output); the
 queries, T * G of them, are its columns, of which it takes any multiple of 8. So
 the softmax is of T * G numbers a key and not of 64. Splits are merged by XLA.
 
-Quantised pages are spread to bfloat16 as codes, in shared memory, but for int8
-keys, which stay in registers; scales and zeros multiply the scores and the
-weights, not the keys and values:
+Codes of quantised keys are multiplied as they are, as 8-bit integers: a query
+is two of them, coarse and fine (`_two_codes`), columns side by side. Codes of
+values are spread to bfloat16 in shared memory. Scales and zeros multiply the
+scores and the weights, not the keys and values:
   q . k = k_scale * (q . code - k_zero * sum(q))
   sum_s p v = sum_s (p v_scale) code - sum_s p v_scale v_zero
 """
@@ -28,6 +29,7 @@ from kernels_pallas.mosaic_gpu import LOG2E, tiled
 from kernels_pallas.partial import Partial, merge_axis
 
 SPREAD4 = 128.0  # what `_spread4` adds to every code
+FINE = 254.0  # fine steps of a query's coarse one
 KEY = plgpu.Layout.WGMMA.reduce(1)  # one number a key
 QUERY = plgpu.Layout.WGMMA.reduce(0)  # one number a query
 # Of a program, by bits, and half of it for head dims above 128: with more its
@@ -215,10 +217,6 @@ def _attend(
   if tiles > splits * LONG_SPLIT:
     place = jnp.arange(1, ids.shape[2] + 1, dtype=jnp.int32)
     used = jnp.max(jnp.where(ids >= 0, place, 0), axis=-1)
-  if pages.bits == 4:
-    # Step i of `_spread4` takes the channels i and i + 4 of every 8.
-    rows = rows.reshape(b, kv, -1, h // 8, 2, 4)
-    rows = rows.transpose(0, 1, 2, 5, 3, 4).reshape(b, kv, -1, h)
   out, lse = _decode(
     rows,
     pages,
@@ -239,6 +237,7 @@ def _attend(
   part = merge_axis(Partial(out.swapaxes(-1, -2), lse), axis=2)
   out, lse = part.out[:, :, : t * group], part.lse[:, :, : t * group]
   if pages.bits == 4:
+    # Step i of `_spread4` takes the channels i and i + 4 of every 8.
     out = out.reshape(b, kv, -1, 4, h // 8, 2).transpose(0, 1, 2, 4, 5, 3)
   out = out.reshape(b, kv, t, group, h).transpose(0, 2, 1, 3, 4)
   lse = lse.reshape(b, kv, t, group).transpose(0, 2, 1, 3)
@@ -247,12 +246,51 @@ def _attend(
 
 def _default_stages(h: int, pages: Pages, keys: int, wide: int) -> int:
   """Tiles in flight for which the shared memory of a program has room."""
-  spread = {16: 0, 8: 1, 4: 2}[pages.bits] * keys
+  spread = {16: 0, 8: 1, 4: 1.5}[pages.bits] * keys
   scales = {16: 0, 8: 8, 4: 16}[pages.bits] * keys
   fixed = 2 * h * (wide + spread) + 2 * wide * (keys + 2) + OTHER_BYTES
   stage = keys * h * pages.bits // 4 + scales
   room = SHARED_BYTES // PROGRAMS[pages.bits] - fixed
-  return max(2, min(8, room // stage))
+  return int(max(2, min(8, room // stage)))
+
+
+def _two_codes(rows, bits: int, wide: int):
+  """Queries as two 8-bit integers a channel.
+
+  Args:
+    rows: [B K R H].
+    bits: of the pages.
+    wide: queries of a program.
+
+  Returns:
+    codes int8 [B K 2R' H], R' = R in whole programs, each `wide` coarse rows
+    and then the fine ones of the same queries; step float32 [B K R'], so that
+    query = step * (coarse + fine / FINE); and, for 4 bits, the queries' sums.
+  """
+  b, kv, _, h = rows.shape
+  x = mosaic_gpu.pad_to(rows, 2, wide).astype(jnp.float32)
+  step = jnp.max(jnp.abs(x), axis=3) / 127
+  x = x / jnp.where(step > 0, step, 1.0)[..., None]
+  coarse = jnp.round(x)
+  fine = jnp.round((x - coarse) * FINE)
+  sums = step * jnp.sum(coarse + fine / FINE, axis=3)
+  codes = jnp.stack([coarse, fine], axis=2).astype(jnp.int8)
+  if bits == 4:  # even channels of all 8, then odd ones, as `_spread8` does
+    codes = codes.reshape(*codes.shape[:4], h // 8, 4, 2)
+    codes = jnp.moveaxis(codes, -1, 4)
+  codes = codes.reshape(b, kv, 2, -1, wide, h).swapaxes(2, 3)
+  codes = codes.reshape(b, kv, -1, h)
+  return codes, step, sums if bits == 4 else None
+
+
+def _spread8(source, target):
+  """Turns a tile of 4-bit codes into 8-bit integers, as words."""
+  word = source[...]
+  width = word.shape[1]
+  for i in range(2):
+    codes = lax.shift_right_logical(word, jnp.int32(4 * i))
+    codes = lax.bitwise_and(codes, jnp.int32(0x0F0F0F0F))
+    target[:, i * width : (i + 1) * width] = codes
 
 
 def _spread4(source, target):
@@ -314,6 +352,7 @@ def _decode(
   blocks = -(-r // wide)
   factor = scale * LOG2E
   bits = pages.bits
+  parts = 1 if bits == 16 else 2  # columns of a query
   page = pages.page
   joined = max(keys // page, 1)  # pages of a tile
   cut = max(page // keys, 1)  # tiles of a page
@@ -324,15 +363,15 @@ def _decode(
   queries = q_positions.shape[1]
   operands = {'q': rows, 'ids': ids, 'starts': starts, 'at': q_positions}
   operands |= {'used': used, 'sink': sink, 'window': window}
-  if bits == 4:
-    q_sum = jnp.sum(rows, axis=3, dtype=jnp.float32)
-    operands['q_sum'] = mosaic_gpu.pad_to(q_sum, 2, blocks * wide)
+  if bits < 16:
+    codes, step, q_sum = _two_codes(rows, bits, wide)
+    operands |= {'q': codes, 'q_step': step, 'q_sum': q_sum}
   operands = {name: x for name, x in operands.items() if x is not None}
 
   def kernel(*refs):
     given = dict(zip([*operands, *pool], refs))
     out_ref, lse_ref, barriers, memory = refs[-4:]
-    (q_smem, p_smem, sum_smem, ring, spread), words, last = memory
+    (q_smem, p_smem, step_smem, sum_smem, ring, spread), words, last = memory
     out_smem, lse_smem = last
     if bits == 4:
       *_, word_ring, word_spread = words
@@ -380,11 +419,12 @@ def _decode(
         copy(begin + s, ids_now, s, V_PARTS, v_full)
 
     mine = pl.ds(block * wide, wide)
-    plgpu.copy_gmem_to_smem(given['q'].at[b_at, head, mine], q_smem, q_full)
-    if bits == 4:
-      plgpu.copy_gmem_to_smem(
-        given['q_sum'].at[b_at, head, mine], sum_smem, q_full
-      )
+    columns = pl.ds(block * wide * parts, wide * parts)
+    plgpu.copy_gmem_to_smem(given['q'].at[b_at, head, columns], q_smem, q_full)
+    for name, target in (('q_step', step_smem), ('q_sum', sum_smem)):
+      if name in given:
+        source = given[name].at[b_at, head, mine]
+        plgpu.copy_gmem_to_smem(source, target, q_full)
     # Position of each query; those past the last are dropped in the end.
     number = block * wide + plgpu.broadcasted_iota(
       jnp.int32, (wide,), 0, layout=QUERY
@@ -397,6 +437,8 @@ def _decode(
     if sink is not None:
       sink_now, window_now = given['sink'][head], given['window'][head]
     plgpu.barrier_wait(q_full)
+    if bits < 16:
+      q_step = plgpu.load(step_smem, layout=QUERY)
     if bits == 4:
       q_sum = plgpu.load(sum_smem, layout=QUERY)
 
@@ -439,42 +481,30 @@ def _decode(
         def _():
           copy(begin + ahead, ids_next, slot, names, barrier)
 
-      def codes(name):
-        tile = ring[name].at[slot]
-        found = plgpu.load(tile, layout=plgpu.Layout.WGMMA_UPCAST_2X)
-        return found.astype(dtype)
-
-      def tile_of(name):
-        """Keys or values of the tile, in shared memory."""
-        if bits == 16:
-          return ring[name].at[slot]
-        if bits == 8:
-          spread[name][...] = codes(name)
-        else:
-          _spread4(word_ring[name].at[slot], word_spread[name])
-        return spread[name]
-
       plgpu.barrier_wait(k_full.at[slot])
-      if bits == 8:
-        key_tile = plgpu.layout_cast(codes('k'), plgpu.Layout.WGMMA)
-      else:
-        key_tile = tile_of('k')
+      key_tile = ring['k'].at[slot]
       if bits == 4:
+        _spread8(word_ring['k'].at[slot], word_spread['k'])
+        key_tile = spread['k']
         plgpu.commit_smem()
 
       def compute_scores(s_ref):
         plgpu.wgmma(s_ref, key_tile, q_smem.transpose((1, 0)))
         return s_ref[...]
 
+      product = jnp.float32 if bits == 16 else jnp.int32
       scores = pl.run_scoped(
-        compute_scores, plgpu.ACC((keys, wide), jnp.float32)
+        compute_scores, plgpu.ACC((keys, wide * parts), product)
       )
       if bits < 16:
-        k_scale = of_keys(plgpu.load(ring['k_scale'].at[slot], layout=KEY))
+        coarse, fine = scores[:, :wide], scores[:, wide:]
+        scores = coarse.astype(jnp.float32)
+        scores += fine.astype(jnp.float32) * (1 / FINE)
+        scores *= of_queries(q_step)
         if bits == 4:
           k_zero = of_keys(plgpu.load(ring['k_zero'].at[slot], layout=KEY))
-          scores -= (k_zero + SPREAD4) * of_queries(q_sum)
-        scores *= k_scale
+          scores -= k_zero * of_queries(q_sum)
+        scores *= of_keys(plgpu.load(ring['k_scale'].at[slot], layout=KEY))
       scores = mask(scores, starts_now, offset, slot)
       new_top = jnp.maximum(top, scores.max(axis=0) * factor)
       # Nothing seen: subtract 0, so that exp2(-inf - -inf) is no NaN.
@@ -496,7 +526,14 @@ def _decode(
         moved = weights.astype(jnp.float32) * (v_zero + SPREAD4)
         offsets = offsets * of_queries(decay) + moved
       p_smem.transpose((1, 0))[...] = weights
-      values = tile_of('v')
+      values = ring['v'].at[slot] if bits == 16 else spread['v']
+      if bits == 8:
+        codes = plgpu.load(
+          ring['v'].at[slot], layout=plgpu.Layout.WGMMA_UPCAST_2X
+        )
+        values[...] = codes.astype(dtype)
+      elif bits == 4:
+        _spread4(word_ring['v'].at[slot], word_spread['v'])
       plgpu.commit_smem()
       refill(K_PARTS, k_full)
 
@@ -539,24 +576,32 @@ def _decode(
       return tiled((stages, keys, x.shape[2] // 4), jnp.int32)
     return tiled((stages, keys, x.shape[2]), x.dtype)
 
-  # Each step of `_spread4` writes one swizzled row of h / 4 bfloat16 numbers.
+  # Each step of `_spread4` and `_spread8` writes one swizzled row: h / 4
+  # bfloat16 numbers, h / 2 integers.
   swizzle = h // 2 if bits == 4 else 128
-  through = {16: '', 8: 'v', 4: 'kv'}[bits]  # spread in shared memory
+  kind = operands['q'].dtype
   fixed = (
-    tiled((wide, h), dtype, swizzle),
+    tiled((wide * parts, h), kind, swizzle),
     tiled((wide, keys), dtype, swizzle),
+    plgpu.SMEM((wide,), jnp.float32),
+    plgpu.SMEM((wide,), jnp.float32),
   )
-  fixed += (plgpu.SMEM((wide,), jnp.float32),)
+  # Spread in shared memory: of int8 pages values, of int4 pages both, which
+  # are written as words.
+  spreads = {'v': ((keys, h), dtype)} if bits < 16 else {}
+  spread_words = {'v': ((keys, h // 2), jnp.int32)}
+  if bits == 4:
+    spreads['k'] = (keys, h), jnp.int8
+    spread_words['k'] = (keys, h // 4), jnp.int32
   numbers = (
     *fixed,
     {name: stage(x) for name, x in pool.items()},
-    {name: tiled((keys, h), dtype, swizzle) for name in through},
+    {name: tiled(*of, swizzle) for name, of in spreads.items()},
   )
-  # int4 pages and their spread codes, as words.
   words = (
     *fixed,
     {name: stage(x, as_words=True) for name, x in pool.items()},
-    {name: tiled((keys, h // 2), jnp.int32, swizzle) for name in through},
+    {name: tiled(*of, swizzle) for name, of in spread_words.items()},
   )
   last = (plgpu.SMEM((h, wide), jnp.float32), plgpu.SMEM((wide,), jnp.float32))
   width = blocks * wide
@@ -573,7 +618,7 @@ def _decode(
       jax.ShapeDtypeStruct((b, kv, splits, width), jnp.float32),
     ),
     scratch_types=[
-      (plgpu.Barrier(num_arrivals=1 + (bits == 4)), k_full, v_full),
+      (plgpu.Barrier(num_arrivals={16: 1, 8: 2, 4: 3}[bits]), k_full, v_full),
       # The output takes the place of the queries and the ring.
       plgpu.RefUnion(numbers, words if bits == 4 else (), last),
     ],
