@@ -27,6 +27,7 @@ from kernels_pallas import dispatch, mosaic_gpu
 from kernels_pallas.keys import Pages
 from kernels_pallas.mosaic_gpu import LOG2E, tiled
 from kernels_pallas.partial import Partial, merge_axis
+from kernels_pallas.selected_token.merge import merge_splits
 
 SPREAD4 = 128.0  # what `_spread4` adds to every code
 FINE = 254.0  # fine steps of a query's coarse one
@@ -234,14 +235,23 @@ def _attend(
     wide=wide,
     stages=sizes.stages or _default_stages(h, pages, keys, wide),
   )
-  part = merge_axis(Partial(out.swapaxes(-1, -2), lse), axis=2)
-  out, lse = part.out[:, :, : t * group], part.lse[:, :, : t * group]
+  out, lse = lax.platform_dependent(
+    out,
+    lse,
+    cuda=lambda out, lse: merge_splits(out, lse, t * group),
+    default=lambda out, lse: _merge(out, lse, t * group),
+  )
   if pages.bits == 4:
     # Step i of `_spread4` takes the channels i and i + 4 of every 8.
     out = out.reshape(b, kv, -1, 4, h // 8, 2).transpose(0, 1, 2, 4, 5, 3)
   out = out.reshape(b, kv, t, group, h).transpose(0, 2, 1, 3, 4)
   lse = lse.reshape(b, kv, t, group).transpose(0, 2, 1, 3)
   return Partial(out.reshape(b, t, n, h), lse.reshape(b, t, n))
+
+
+def _merge(out, lse, queries: int) -> Partial:
+  part = merge_axis(Partial(out.swapaxes(-1, -2), lse), axis=2)
+  return Partial(part.out[:, :, :queries], part.lse[:, :, :queries])
 
 
 def _default_stages(h: int, pages: Pages, keys: int, wide: int) -> int:

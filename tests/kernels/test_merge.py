@@ -1,0 +1,48 @@
+"""The merge of splits in one launch, interpreted: what `merge_axis` gives."""
+
+import chex
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas.partial import Partial, merge_axis
+from kernels_pallas.selected_token.merge import merge_splits
+
+
+def check(shape, queries, **how):
+  b, kv, splits, h, width = shape
+  rng = np.random.default_rng(0)
+  out = rng.normal(size=shape).astype(np.float32)
+  lse = 3 * rng.normal(size=(b, kv, splits, width)).astype(np.float32)
+  empty = rng.random(lse.shape) < 0.3
+  empty[0, 0, :, 0] = True  # a query that sees nothing
+  lse[empty] = -np.inf
+  out = np.where(empty[:, :, :, None], 0, out)
+  got = merge_splits(jnp.asarray(out), jnp.asarray(lse), queries, **how)
+  want = merge_axis(Partial(np.swapaxes(out, -1, -2), lse), axis=2)
+  chex.assert_trees_all_close(got, first(want, queries), atol=2e-6, rtol=2e-6)
+  assert (got.lse[0, 0, 0] == -jnp.inf) and not np.any(got.out[0, 0, 0])
+
+
+def first(part, queries):
+  return Partial(part.out[:, :, :queries], part.lse[:, :, :queries])
+
+
+SHAPES = [
+  ((1, 8, 16, 128, 8), 4),
+  ((2, 2, 66, 64, 8), 7),
+  ((1, 2, 5, 256, 24), 20),
+  ((1, 1, 33, 128, 64), 64),
+  ((1, 2, 1, 64, 8), 1),
+]
+
+
+@pytest.mark.parametrize(('shape', 'queries'), SHAPES)
+def test_interpreted(shape, queries):
+  check(shape, queries, interpret=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(('shape', 'queries'), SHAPES)
+def test_on_a_gpu(shape, queries):
+  check(shape, queries)
