@@ -7,7 +7,7 @@ queries, T * G of them, are its columns, of which it takes any multiple of 8. So
 the softmax is of T * G numbers a key and not of 64. Splits are merged by XLA.
 
 Codes of quantised keys are multiplied as they are, as 8-bit integers: a query
-is two of them, coarse and fine (`_two_codes`), columns side by side. Codes of
+is two of them, coarse and fine (`two_codes`), columns side by side. Codes of
 values are spread to bfloat16 in shared memory. Scales and zeros multiply the
 scores and the weights, not the keys and values:
   q . k = k_scale * (q . code - k_zero * sum(q))
@@ -27,10 +27,15 @@ from kernels_pallas import dispatch, mosaic_gpu
 from kernels_pallas.keys import Pages
 from kernels_pallas.mosaic_gpu import LOG2E, tiled
 from kernels_pallas.partial import Partial, merge_axis
+from kernels_pallas.selected_token.codes import (
+  FINE,
+  SPREAD4,
+  spread4,
+  spread8,
+  two_codes,
+)
 from kernels_pallas.selected_token.merge import merge_splits
 
-SPREAD4 = 128.0  # what `_spread4` adds to every code
-FINE = 254.0  # fine steps of a query's coarse one
 KEY = plgpu.Layout.WGMMA.reduce(1)  # one number a key
 QUERY = plgpu.Layout.WGMMA.reduce(0)  # one number a query
 # Of a program, by bits, and half of it for head dims above 128: with more its
@@ -242,7 +247,7 @@ def _attend(
     default=lambda out, lse: _merge(out, lse, t * group),
   )
   if pages.bits == 4:
-    # Step i of `_spread4` takes the channels i and i + 4 of every 8.
+    # Step i of `spread4` takes the channels i and i + 4 of every 8.
     out = out.reshape(b, kv, -1, 4, h // 8, 2).transpose(0, 1, 2, 4, 5, 3)
   out = out.reshape(b, kv, t, group, h).transpose(0, 2, 1, 3, 4)
   lse = lse.reshape(b, kv, t, group).transpose(0, 2, 1, 3)
@@ -262,59 +267,6 @@ def _default_stages(h: int, pages: Pages, keys: int, wide: int) -> int:
   stage = keys * h * pages.bits // 4 + scales
   room = SHARED_BYTES // PROGRAMS[pages.bits] - fixed
   return int(max(2, min(8, room // stage)))
-
-
-def _two_codes(rows, bits: int, wide: int):
-  """Queries as two 8-bit integers a channel.
-
-  Args:
-    rows: [B K R H].
-    bits: of the pages.
-    wide: queries of a program.
-
-  Returns:
-    codes int8 [B K 2R' H], R' = R in whole programs, each `wide` coarse rows
-    and then the fine ones of the same queries; step float32 [B K R'], so that
-    query = step * (coarse + fine / FINE); and, for 4 bits, the queries' sums.
-  """
-  b, kv, _, h = rows.shape
-  x = mosaic_gpu.pad_to(rows, 2, wide).astype(jnp.float32)
-  step = jnp.max(jnp.abs(x), axis=3) / 127
-  x = x / jnp.where(step > 0, step, 1.0)[..., None]
-  coarse = jnp.round(x)
-  fine = jnp.round((x - coarse) * FINE)
-  sums = step * jnp.sum(coarse + fine / FINE, axis=3)
-  codes = jnp.stack([coarse, fine], axis=2).astype(jnp.int8)
-  if bits == 4:  # even channels of all 8, then odd ones, as `_spread8` does
-    codes = codes.reshape(*codes.shape[:4], h // 8, 4, 2)
-    codes = jnp.moveaxis(codes, -1, 4)
-  codes = codes.reshape(b, kv, 2, -1, wide, h).swapaxes(2, 3)
-  codes = codes.reshape(b, kv, -1, h)
-  return codes, step, sums if bits == 4 else None
-
-
-def _spread8(source, target):
-  """Turns a tile of 4-bit codes into 8-bit integers, as words."""
-  word = source[...]
-  width = word.shape[1]
-  for i in range(2):
-    codes = lax.shift_right_logical(word, jnp.int32(4 * i))
-    codes = lax.bitwise_and(codes, jnp.int32(0x0F0F0F0F))
-    target[:, i * width : (i + 1) * width] = codes
-
-
-def _spread4(source, target):
-  """Turns a tile of 4-bit codes into bfloat16 numbers 128 + code, as words.
-
-  0x4300 | code is that number: its unit is the lowest bit of the mantissa.
-  """
-  word = source[...]
-  width = word.shape[1]
-  for i in range(4):
-    nibbles = lax.shift_right_logical(word, jnp.int32(4 * i))
-    target[:, i * width : (i + 1) * width] = lax.bitwise_or(
-      lax.bitwise_and(nibbles, jnp.int32(0x000F000F)), jnp.int32(0x43004300)
-    )
 
 
 def _decode(
@@ -374,7 +326,7 @@ def _decode(
   operands = {'q': rows, 'ids': ids, 'starts': starts, 'at': q_positions}
   operands |= {'used': used, 'sink': sink, 'window': window}
   if bits < 16:
-    codes, step, q_sum = _two_codes(rows, bits, wide)
+    codes, step, q_sum = two_codes(rows, bits, wide)
     operands |= {'q': codes, 'q_step': step, 'q_sum': q_sum}
   operands = {name: x for name, x in operands.items() if x is not None}
 
@@ -494,7 +446,7 @@ def _decode(
       plgpu.barrier_wait(k_full.at[slot])
       key_tile = ring['k'].at[slot]
       if bits == 4:
-        _spread8(word_ring['k'].at[slot], word_spread['k'])
+        spread8(word_ring['k'].at[slot], word_spread['k'])
         key_tile = spread['k']
         plgpu.commit_smem()
 
@@ -543,7 +495,7 @@ def _decode(
         )
         values[...] = codes.astype(dtype)
       elif bits == 4:
-        _spread4(word_ring['v'].at[slot], word_spread['v'])
+        spread4(word_ring['v'].at[slot], word_spread['v'])
       plgpu.commit_smem()
       refill(K_PARTS, k_full)
 
@@ -586,7 +538,7 @@ def _decode(
       return tiled((stages, keys, x.shape[2] // 4), jnp.int32)
     return tiled((stages, keys, x.shape[2]), x.dtype)
 
-  # Each step of `_spread4` and `_spread8` writes one swizzled row: h / 4
+  # Each step of `spread4` and `spread8` writes one swizzled row: h / 4
   # bfloat16 numbers, h / 2 integers.
   swizzle = h // 2 if bits == 4 else 128
   kind = operands['q'].dtype
