@@ -10,7 +10,7 @@ from kernels_pallas.selected_token.merge import merge_splits
 
 
 def check(shape, queries, **how):
-  b, kv, splits, h, width = shape
+  b, kv, splits, _, width = shape
   rng = np.random.default_rng(0)
   out = rng.normal(size=shape).astype(np.float32)
   lse = 3 * rng.normal(size=(b, kv, splits, width)).astype(np.float32)
