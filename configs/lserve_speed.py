@@ -44,7 +44,7 @@ def get_config(arg=''):
   config.weights = arg.weights
   config.dtype = 'bfloat16'
   config.steps = 32
-  config.layer_steps = 256
+  config.layer_steps = 1024
   config.repeats = 10
   config.layers = 0
   if arg.smoke:

@@ -50,7 +50,7 @@ def get_config(arg=''):
   config.weights = ''
   config.dtype = 'bfloat16'
   config.steps = 128 if arg.op == 'answer' else 32
-  config.layer_steps = 256
+  config.layer_steps = 1024
   config.repeats = 10
   config.layers = 0
   if arg.smoke:
