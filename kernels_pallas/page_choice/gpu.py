@@ -10,12 +10,6 @@ what is held stays where it is, as the output is its memory.
            then compaction; bound by the latency of counting
 
 Triton, not Mosaic GPU: its arrays have scans, and stores at masked places.
-
-The search is for a number, not an order: floats map to integers of the same
-order, each pass cuts the interval in three by counting what lies above two
-thresholds (in the halves of one integer: one reduction), and ends as soon as
-exactly n lie above one: 5 to 12 passes on average for 2K to 16K normal or
-log-normal scores, 16 at most seen.
 """
 
 import dataclasses
@@ -28,13 +22,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int32
 
-# Integers in the order of the floats that they stand for, see `_ordered`.
-LOWEST = -(2**31)  # below every float
-MINUS_INF = -0x7F800001
-PLUS_INF = 0x7F800000
+from kernels_pallas import nth_best
+
 FEWEST_QUERIES = 16  # columns of the smallest product on the tensor core
 MOST_QUERIES = 128
-MOST_PAGES = 2**16 - 1  # two counts share an int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +67,8 @@ def refuse(function: str, q, low, high, starts, *_, **__) -> str | None:
   rows = _tile_rows(q, low)
   if per_page != _padded(per_page) or per_page > rows:
     return f'{per_page} logical pages a page are no power of 2 up to {rows}'
-  if width > MOST_PAGES:
-    return f'{width} pages exceed {MOST_PAGES}'
+  if width > nth_best.MOST:
+    return f'{width} pages exceed {nth_best.MOST}'
   return None
 
 
@@ -269,8 +260,6 @@ def best_pages(
 ) -> Int32[Array, 'B K n']:
   """Slots of the n best scores above -inf, of equal ones the first."""
   b, rows, width = scores.shape
-  lanes = min(SIZES.lanes, _padded(width))
-  depth = pl.cdiv(width, lanes)
 
   def kernel(*refs):
     scores_ref, *refs, out_ref = refs
@@ -288,30 +277,19 @@ def best_pages(
 
     @pl.when(now & (row >= 0))
     def _():
-      # A lane's pages follow one another, so that one scan counts them all.
-      slots = [_iota((lanes,), 0) * depth + i for i in range(depth)]
-      keys = []
+      slots, keys = nth_best.slots(width, SIZES.lanes), []
       for slot in slots:
-        inside = slot < width
         score = plgpu.load(
           scores_ref.at[b_at, row, jnp.minimum(slot, width - 1)]
         )
-        keys.append(jnp.where(inside, _ordered(score), LOWEST))
-      cut, ties, total = _nth_best(keys, n)
-      flags = [
-        jnp.where(key > cut, 1, jnp.where(key == cut, 1 << 16, 0))
-        for key in keys
-      ]
-      lane = sum(flags)
-      before = jnp.cumsum(lane) - lane  # above the cut, equal to it << 16
-      for slot, key, flag in zip(slots, keys, flags):
-        equal = lax.shift_right_logical(before, 16)
-        taken = (key > cut) | ((key == cut) & (equal < ties))
-        at = (before & 0xFFFF) + jnp.minimum(equal, ties)
+        keys.append(
+          jnp.where(slot < width, nth_best.ordered(score), nth_best.LOWEST)
+        )
+      found, total = nth_best.places(keys, n)
+      for slot, (taken, at) in zip(slots, found):
         plgpu.store(
           out_ref.at[b_at, head, jnp.where(taken, at, n)], slot, mask=taken
         )
-        before += flag
       fill(total)
 
     # Without a score, nothing is chosen; without a choice, what is held stays.
@@ -339,82 +317,10 @@ def best_pages(
   )(*operands)
 
 
-def _nth_best(keys: list[jax.Array], n: int):
-  """Where to cut so that n remain: (cut, ties, total), scalars.
-
-  What lies above `cut` is chosen, and the first `ties` of what equals it:
-  `total` in all, fewer than n only where fewer are above -inf.
-  """
-
-  def count(low, high):
-    """How many keys are >= low, and >= high."""
-    both = [
-      jnp.where(key >= high, 0x10001, jnp.where(key >= low, 1, 0))
-      for key in keys
-    ]
-    both = jnp.sum(sum(both))
-    return both & 0xFFFF, lax.shift_right_logical(both, 16)
-
-  used, forced = count(jnp.int32(MINUS_INF + 1), jnp.int32(PLUS_INF))
-  finite = [(key > MINUS_INF) & (key < PLUS_INF) for key in keys]
-  least = [jnp.where(f, k, PLUS_INF) for f, k in zip(finite, keys)]
-  largest = [jnp.where(f, k, MINUS_INF) for f, k in zip(finite, keys)]
-  least = jnp.min(_fold(jnp.minimum, least))
-  largest = jnp.max(_fold(jnp.maximum, largest))
-
-  # At least n keys are >= low, fewer than n are >= high.
-  search = (forced < n) & (n < used)
-  low = jnp.where(search, least, PLUS_INF)
-  high = jnp.where(search, largest + 1, PLUS_INF + 1)
-  above = jnp.where(search, forced, 0)
-  exact = used <= n
-
-  def unsettled(carry):
-    low, high, _, exact = carry
-    return ~exact & (low + 1 < high)
-
-  def narrow(carry):
-    low, high, above, _ = carry
-    span = (high - low).astype(jnp.uint32)  # wraps to the true distance
-    third = jnp.maximum(span // 3, 1).astype(jnp.int32)
-    first, second = low + third, high - third
-    n_first, n_second = count(first, second)
-    low = jnp.where(n_second >= n, second, jnp.where(n_first >= n, first, low))
-    high = jnp.where(n_first < n, first, jnp.where(n_second < n, second, high))
-    above = jnp.where(
-      n_first < n, n_first, jnp.where(n_second < n, n_second, above)
-    )
-    return low, high, above, (n_first == n) | (n_second == n)
-
-  low, _, above, exact = lax.while_loop(
-    unsettled, narrow, (low, high, above, exact)
-  )
-  cut = jnp.where(used <= n, MINUS_INF, jnp.where(exact, low - 1, low))
-  ties = jnp.where(exact, 0, n - above)
-  return cut, ties, jnp.minimum(used, n)
-
-
-def _ordered(x: jax.Array) -> jax.Array:
-  """float32 to int32 of the same order; both zeros to 0, NaN to inf's.
-
-  (Were NaN above inf, more than n could be chosen, and written.)
-  """
-  bits = lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.int32)
-  bits ^= lax.shift_right_arithmetic(bits, 31) & 0x7FFFFFFF
-  return jnp.minimum(bits, PLUS_INF)
-
-
 def _tile_rows(q, low) -> int:
   """Logical pages that a program scores."""
   size = jnp.promote_types(q.dtype, low.dtype).itemsize
   return max(16, SIZES.tile_bytes // (q.shape[3] * size))
-
-
-def _fold(f, parts: list[jax.Array]) -> jax.Array:
-  whole = parts[0]
-  for part in parts[1:]:
-    whole = f(whole, part)
-  return whole
 
 
 def _iota(shape: tuple[int, ...], axis: int) -> jax.Array:
