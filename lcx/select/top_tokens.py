@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
+from kernels_pallas.best_in_order import best_in_order
 from kernels_pallas.keys import NEVER
 
 
@@ -22,10 +23,11 @@ def top_tokens(
   Returns:
     (indices into S, ascending, NEVER behind them; their number), n = min(k, S).
   """
-  best, index = lax.top_k(votes, min(k, votes.shape[-1]))
-  kept = best > -jnp.inf
-  if seq is not None and lax.axis_size(seq) > 1:
-    kept &= _among_best(best, k, seq)
+  n = min(k, votes.shape[-1])
+  if seq is None or lax.axis_size(seq) == 1:
+    return best_in_order(votes, n)
+  best, index = lax.top_k(votes, n)
+  kept = (best > -jnp.inf) & _among_best(best, k, seq)
   index = jnp.sort(jnp.where(kept, index, NEVER), axis=-1)
   return index, jnp.sum(kept, axis=-1, dtype=jnp.int32)
 
