@@ -7,7 +7,7 @@ one in another group, each of the n groups would hold a number that is larger,
 or equal and before it).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,8 +64,8 @@ class Candidates(NamedTuple):
     groups: int32 [R m]; x's groups of GROUP to choose from. None: all of x.
   """
 
-  x: jax.Array
-  groups: jax.Array | None
+  x: Any
+  groups: Any
 
   def given(self) -> list:
     return [x for x in self if x is not None]

@@ -44,7 +44,7 @@ from lcx.cache.base import split
 from lcx.methods import prompt_tail, shards
 from lcx.methods.base import Context, Decode, Method, Prefill, Rope, Trace
 from lcx.methods.dense import decode_trace, dense_pairs, dense_trace
-from lcx.select import chunk_grid, soft_vote, working_set
+from lcx.select import chunk_grid, in_place, soft_vote, working_set
 from lcx.select.audit import sampled_mass
 from lcx.select.chunk_grid import ChunkGrid
 from lcx.select.chunk_votes import (
@@ -295,40 +295,19 @@ class TokenSelectDecode(ReuseRules, Decode):
     if copies is not None:
       copies = copies.refreshed(cache, q.shape[1])
     working, mine = state.working, shards.belong_here(ctx)
-    query = soft_vote.pool_queries(q, ctx.valid, self.pooling)
-    due = self._due(query, working, ctx)
-
-    # Algorithm 1, line 7; and the new token. Outside the `cond`, whose branch
-    # of a hit then passes on what it got.
-    at = ctx.positions[:, :1]
-    if self.positions == 'rank':
-      # At most: a selection drops what would not fit.
-      at = jnp.minimum(working.total, self.width - 1)[:, None]
-    here = mine[:, 0] & (ctx.count > 0)
-    kept = working.written(rope(k[:, :1], at), v[:, :1], here)
-    none = jnp.zeros((q.shape[0],), jnp.float32)
-
-    def select():
-      """Lines 4 to 6, for the rows that must."""
-      fresh, fell_back, lost = self._select(
-        q, query, rope, cache, copies, working, ctx
+    query, asked = self._one_query(q, ctx), self._asked(q, rope, ctx)
+    voters = self.asking(asked, k.shape[2])
+    fell_back = lost = jnp.zeros((q.shape[0],), jnp.float32)
+    if in_place.serves(self, cache, working, voters, ctx):
+      rotated = rope(k, ctx.positions)
+      working, due = in_place.step(
+        self, query, voters, rotated, v, cache, working, ctx
       )
-      if q.shape[0] * jax.lax.axis_size(ctx.axes.data) > 1:
-        fresh = fresh.where(due, kept)  # another row may be the one
-      return fresh, jnp.where(due, fell_back, 0), jnp.where(due, lost, 0)
-
-    anyone = jax.lax.pmax(jnp.any(due).astype(jnp.int32), ctx.axes.data)
-    listing, fell_back, lost = jax.lax.cond(
-      anyone > 0, select, lambda: (kept, none, none)
-    )
-    # What is known without a selection stays outside: the `cond` would copy it.
-    came = jnp.where(due, 0, jnp.minimum(ctx.count, 1))
-    working = dataclasses.replace(
-      listing,
-      query=jnp.where(due[:, None, None], query, working.query),
-      age=jnp.where(due, 0, working.age),
-      until=jnp.where(due, ctx.lengths, working.until),
-    ).counted(came, mine[:, 0])
+    else:
+      due = self._due(query, working, ctx)
+      working, fell_back, lost = self._served(
+        query, asked, due, k, v, rope, cache, copies, working, ctx
+      )
     out, seen = self._attend(q, rope, working, mine, ctx)
     trace = None
     if ctx.trace:
@@ -352,7 +331,52 @@ class TokenSelectDecode(ReuseRules, Decode):
     hit &= working.age + 1 < self.reuse
     return (ctx.count > 0) & ~hit
 
-  def _select(self, q, query, rope: Rope, cache, copies, working, ctx: Context):
+  def _served(
+    self, query, asked, due, k, v, rope: Rope, cache, copies, working, ctx
+  ):
+    """Algorithm 1, lines 4 to 7: a new list for rows that are due.
+
+    Returns:
+      (the working set with the new tokens, which rows fell back, the share of
+      votes that they lost).
+    """
+    mine = shards.belong_here(ctx)
+    # Line 7; and the new token. Outside the `cond`, whose branch of a hit then
+    # passes on what it got.
+    at = ctx.positions[:, :1]
+    if self.positions == 'rank':
+      # At most: a selection drops what would not fit.
+      at = jnp.minimum(working.total, self.width - 1)[:, None]
+    here = mine[:, 0] & (ctx.count > 0)
+    kept = working.written(rope(k[:, :1], at), v[:, :1], here)
+    none = jnp.zeros(due.shape, jnp.float32)
+
+    def select():
+      """Lines 4 to 6, for the rows that must."""
+      fresh, fell_back, lost = self._select(
+        query, asked, rope, cache, copies, working, ctx
+      )
+      if due.shape[0] * jax.lax.axis_size(ctx.axes.data) > 1:
+        fresh = fresh.where(due, kept)  # another row may be the one
+      return fresh, jnp.where(due, fell_back, 0), jnp.where(due, lost, 0)
+
+    anyone = jax.lax.pmax(jnp.any(due).astype(jnp.int32), ctx.axes.data)
+    listing, fell_back, lost = jax.lax.cond(
+      anyone > 0, select, lambda: (kept, none, none)
+    )
+    # What is known without a selection stays outside: the `cond` would copy it.
+    came = jnp.where(due, 0, jnp.minimum(ctx.count, 1))
+    served = dataclasses.replace(
+      listing,
+      query=jnp.where(due[:, None, None], query, working.query),
+      age=jnp.where(due, 0, working.age),
+      until=jnp.where(due, ctx.lengths, working.until),
+    ).counted(came, mine[:, 0])
+    return served, fell_back, lost
+
+  def _select(
+    self, query, asked, rope: Rope, cache, copies, working, ctx: Context
+  ):
     """A new working set; which rows fell back; the votes that they lost."""
     newest = ctx.lengths - 1
     window = self.local - self.reuse + 1
@@ -360,9 +384,7 @@ class TokenSelectDecode(ReuseRules, Decode):
     low = working_set.below(starts, cache, jnp.full_like(newest, self.sink))
     high = working_set.below(starts, cache, newest - window + 1)
     low = jnp.minimum(low, high)
-    found = choose_tokens(
-      self._asked(q, rope, ctx), cache, copies, low, high, self, ctx
-    )
+    found = choose_tokens(asked, cache, copies, low, high, self, ctx)
     listed, held = with_ends(
       found.chosen,
       found.count,
@@ -393,8 +415,13 @@ class TokenSelectDecode(ReuseRules, Decode):
     if self.positions == 'rank':
       positions = self.local + jnp.arange(q.shape[1], dtype=jnp.int32)
       positions = jnp.broadcast_to(positions, ctx.positions.shape)
-    asked = soft_vote.pool_queries(rope(q, positions), ctx.valid, self.pooling)
-    return self.in_order(asked)
+    return self.in_order(self._one_query(rope(q, positions), ctx))
+
+  def _one_query(self, q, ctx: Context) -> Float[Array, 'B N H']:
+    """Of several tokens; of a row that has none, which never selects, any."""
+    if q.shape[1] == 1:
+      return q[:, 0]
+    return soft_vote.pool_queries(q, ctx.valid, self.pooling)
 
   def _attend(self, q, rope: Rope, working: WorkingSet, mine, ctx: Context):
     """Attention over the working set, whose last tokens are the queries'.
