@@ -12,11 +12,21 @@ import jax
 
 from kernels_pallas import dispatch
 from kernels_pallas.append_token import gpu
-from kernels_pallas.append_token.gpu import Cursors, Rules
+from kernels_pallas.append_token.gpu import Cursors, Joint, Rules
 
-__all__ = ['MAX_TILE', 'Cursors', 'Rules', 'gpu', 'serves']
+__all__ = [
+  'MAX_QUERIES',
+  'MAX_TILE',
+  'Cursors',
+  'Joint',
+  'Rules',
+  'gpu',
+  'serves',
+  'serves_joint',
+]
 
 MAX_TILE = 64 * 128  # elements of all rows' keys: they are held in registers
+MAX_QUERIES = 2 * MAX_TILE  # elements of queries that one program may copy
 
 
 def serves(rows: int, head_dim: int, axis: str | None = None) -> bool:
@@ -31,3 +41,16 @@ def serves(rows: int, head_dim: int, axis: str | None = None) -> bool:
     return False
   shared = axis is not None and jax.lax.axis_size(axis) > 1
   return not shared and rows * head_dim <= MAX_TILE
+
+
+def serves_joint(q, k, axis: str | None = None) -> bool:
+  """Whether `gpu.py` can take a token's queries, keys and values together.
+
+  Args:
+    q: [B T N H] queries.
+    k: [B T K H] keys, for a pool of their dtype.
+    axis: as in `serves`.
+  """
+  rows, tokens, heads, dim = k.shape
+  fits = tokens == 1 and q.dtype == k.dtype and q.size <= MAX_QUERIES
+  return fits and serves(rows * heads, dim, axis)

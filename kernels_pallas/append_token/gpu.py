@@ -1,5 +1,8 @@
 """One token a row, appended in place by one program: Pallas Triton.
 
+Its keys and values may come beside queries, in one array (`Joint`): three
+arrays of one projection would be three launches before this one.
+
 A lane stands for a kv head of a row, lane = row * K + head, padded to a power
 of two; sums over a row or over earlier lanes are masked sums over lanes. All
 lanes are one program, since pages are granted to rows in an order that all of
@@ -8,7 +11,7 @@ them must see.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,12 +74,36 @@ class Cursors(NamedTuple):
   taken: Int32[Array, '1'] | None
 
 
+@dataclasses.dataclass(frozen=True)
+class Joint:
+  """What a layer makes of a token, in one array: one launch writes it.
+
+  Attributes:
+    array: [B N+2K H] queries, then keys, then values, head by head.
+    kv_heads: K.
+  """
+
+  array: Float[Array, 'B heads H']
+  kv_heads: int
+
+  @classmethod
+  def of(cls, q, k, v) -> 'Joint':
+    """Of queries [B 1 N H], keys and values [B 1 K H] of one dtype."""
+    x = jnp.concatenate([q, k, v], axis=2)[:, 0]
+    # Computed at once, not again by each that reads a part of it.
+    return cls(jax.lax.optimization_barrier(x), k.shape[2])
+
+  @property
+  def queries(self) -> int:
+    return self.array.shape[1] - 2 * self.kv_heads
+
+
 def append_token(
   pool: Sequence[Num[Array, 'P page *D']],
-  tokens: Sequence[Num[Array, 'B K *D']],
+  tokens: Sequence[Num[Array, 'B K *D']] | Joint,
   cursors: Cursors,
   stats: Sequence[Float[Array, 'B h C H']],
-  keys: Float[Array, 'B K H'],
+  keys: Float[Array, 'B K H'] | None,
   positions: Int32[Array, 'B'],
   count: Int32[Array, 'B'] | None,
   *,
@@ -84,7 +111,7 @@ def append_token(
   ring: Bool[Array, 'K'] | None = None,
   order: Int32[Array, 'P'] | None = None,
   interpret: bool = False,
-) -> tuple[list, Cursors, list]:
+) -> tuple[list, Cursors, list, Float[Array, 'B N H'] | None]:
   """Appends one token to each row that takes it.
 
   A page's first token makes the page's other slots 0: a recycled page may hold
@@ -93,10 +120,11 @@ def append_token(
   Args:
     pool: arrays of pages that one token each enters: keys, values, scales. A
       contiguous cache [B K W*page H] is a pool of its pages in order.
-    tokens: what enters them, in their dtypes.
+    tokens: what enters them, in their dtypes; or keys and values beside
+      queries, for a pool of keys and values.
     cursors: of the rows.
     stats: two arrays, or none.
-    keys: unquantised, for the statistics.
+    keys: unquantised, for the statistics; None with a `Joint`, which has them.
     positions: of the tokens.
     count: 0 or 1; None: 1.
     rules: static numbers.
@@ -105,31 +133,81 @@ def append_token(
     interpret: runs on the CPU, for tests.
 
   Returns:
-    (pool, cursors, stats), in the places of the old ones.
+    (pool, cursors, stats), in the places of the old ones, and the queries of a
+    `Joint`, else None.
   """
-  batch, heads, _ = keys.shape
+  queries: list[jax.ShapeDtypeStruct] = []
+  if isinstance(tokens, Joint):
+    x, of_queries, heads = tokens.array, tokens.queries, tokens.kv_heads
+    shape = (x.shape[0], of_queries, x.shape[2])
+    queries.append(jax.ShapeDtypeStruct(shape, x.dtype))
+    entering, first = [x, x], (of_queries, of_queries + heads)
+    keys = x
+  else:
+    assert keys is not None
+    entering, heads, first = list(tokens), keys.shape[1], (0,) * len(tokens)
+  batch = keys.shape[0]
   lanes = pl.next_power_of_2(batch * heads)
   moved = [list(pool), cursors, list(stats)]
-  fixed = [list(tokens), keys, positions, count, ring, order]
+  fixed = [entering, keys, positions, count, ring, order]
   changed, tree = jax.tree.flatten(moved)
   given, given_tree = jax.tree.flatten(fixed)
 
   def kernel(*refs):
-    old = tree.unflatten(refs[: len(changed)])
-    inputs = given_tree.unflatten(refs[len(changed) : -len(changed)])
-    new = tree.unflatten(refs[-len(changed) :])
-    _kernel(old, new, *inputs, lanes=lanes, batch=batch, rules=rules)
+    inputs, out = refs[: len(changed) + len(given)], refs[-n_out:]
+    old = tree.unflatten(inputs[: len(changed)])
+    new = tree.unflatten(out[: len(changed)])
+    entering, keys, *rest = given_tree.unflatten(inputs[len(changed) :])
+    entering = [_Heads(x, at) for x, at in zip(entering, first)]
+    keys = _Heads(keys, first[0])
+    _kernel(
+      old, new, entering, keys, *rest, lanes=lanes, batch=batch, heads=heads,
+      rules=rules,
+    )  # fmt: skip
+    if queries:
+      _copy_heads(inputs[len(changed)], out[-1])
 
+  shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in changed] + queries
+  n_out = len(shapes)
   out = pl.pallas_call(
     kernel,
-    out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in changed],
+    out_shape=shapes,
     input_output_aliases={i: i for i in range(len(changed))},
     compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=1),
     interpret=interpret,
     name='append_token',
   )(*changed, *given)
-  pool, cursors, stats = tree.unflatten(out)
-  return pool, cursors, stats
+  pool, cursors, stats = tree.unflatten(out[: len(changed)])
+  return pool, cursors, stats, out[-1] if queries else None
+
+
+class _Heads(NamedTuple):
+  """The kv heads of an array [B heads *D] that begin at head `first`."""
+
+  ref: Any
+  first: int
+
+  def load(self, row, head, *channel, mask):
+    at = (row, head + self.first, *channel)
+    return plgpu.load(self.ref.at[at], mask=mask)
+
+
+def _copy_heads(source, target):
+  """The first heads of each row of `source` [B heads H] to `target` [B N H]."""
+  batch, heads, width = target.shape
+  # At most what its threads hold in a few registers.
+  some = min(
+    pl.next_power_of_2(heads), max(1, 4096 // pl.next_power_of_2(width))
+  )
+  head = jnp.arange(some, dtype=jnp.int32)
+  for row in range(batch):
+    for begin in range(0, heads, some):
+      spread, inside, channel = _channels(head, width)
+      at = (jnp.full_like(channel[0], row), spread(begin + head), *channel)
+      mask = spread(begin + head < heads) & inside
+      plgpu.store(
+        target.at[at], plgpu.load(source.at[at], mask=mask), mask=mask
+      )
 
 
 class _Lanes(NamedTuple):
@@ -162,10 +240,11 @@ class _Lanes(NamedTuple):
 
 
 def _kernel(
-  old, new, tokens, keys, positions, count, ring, order, *, lanes, batch, rules
-):
+  old, new, tokens, keys, positions, count, ring, order, *, lanes, batch, heads,
+  rules,
+):  # fmt: skip
   """Old and new are the same memory: what is read again is read from `old`."""
-  (_, cursors, stats), heads = old, keys.shape[1]
+  _, cursors, stats = old
   lane = jnp.arange(lanes, dtype=jnp.int32)
   real = lane < batch * heads
   row, head = jnp.where(real, lane // heads, 0), lane % heads
@@ -294,7 +373,7 @@ def _write(leaf, values, at: _Lanes, offset):
     shape = channel[0].shape
   row, head, target = map(spread, (at.row, at.head, at.target))
   comes = spread(at.comes) & inside
-  value = plgpu.load(values.at[(row, head, *channel)], mask=comes)
+  value = values.load(row, head, *channel, mask=comes)
   _store(leaf, (target, spread(offset), *channel), value, comes)
 
   @pl.when(jnp.max(begins.astype(jnp.int32)) > 0)
@@ -311,10 +390,10 @@ def _write(leaf, values, at: _Lanes, offset):
 
 def _absorb(new, old, keys, at: _Lanes, comes, index, rules: Rules):
   """The statistics of the logical page that the token enters."""
-  spread, inside, channel = _channels(at.row, keys.shape[2])
+  spread, inside, channel = _channels(at.row, keys.ref.shape[2])
   comes = spread(comes) & inside
-  key = (spread(at.row), spread(at.head), *channel)
-  key = plgpu.load(keys.at[key], mask=comes).astype(old[0].dtype)
+  key = keys.load(spread(at.row), spread(at.head), *channel, mask=comes)
+  key = key.astype(old[0].dtype)
   page = spread(at.row), spread(index), spread(at.used // rules.logical)
   had = spread(at.used % rules.logical > 0)
   if rules.statistics == 'bounds':

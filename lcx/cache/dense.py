@@ -156,7 +156,8 @@ class DenseCache:
     page, capacity = self.page, self.k.shape[2]
     rows, tokens, heads, dim = k.shape
     if tokens == 1 and append_token.serves(rows * heads, dim):
-      return self._append_one(k, v, positions, count)
+      k, v = k[:, 0].astype(self.k.dtype), v[:, 0].astype(self.v.dtype)
+      return self._append_one([k, v], k, positions, count)[1]
     count = arriving(self.used, self.status, count, k.shape[1])
     open_start = start_of_page(self.starts, self.used // page)
     count, status = settle(
@@ -190,8 +191,8 @@ class DenseCache:
       stats=stats,
     )
 
-  def _append_one(self, k, v, positions, count) -> Self:
-    """`append` of one token a row, in one launch."""
+  def _append_one(self, tokens, keys, positions, count):
+    """`append` of one token a row, in one launch: (queries or None, cache)."""
     rules = append_token.Rules(
       page=self.page,
       logical=self.page,
@@ -200,11 +201,10 @@ class DenseCache:
       **STATUSES,
     )
     pool = self.pages()
-    k, v = k[:, 0].astype(pool.k.dtype), v[:, 0].astype(pool.v.dtype)
     stats, tree = jax.tree.flatten(self.stats)
-    (pool_k, pool_v), cursors, stats = append_token.gpu.append_token(
+    moved = append_token.gpu.append_token(
       [pool.k, pool.v],
-      [k, v],
+      tokens,
       append_token.Cursors(
         table=None,
         starts=self.starts,
@@ -214,12 +214,13 @@ class DenseCache:
         taken=None,
       ),
       stats,
-      k,
+      keys,
       positions[:, 0],
       count,
       rules=rules,
     )
-    return dataclasses.replace(
+    (pool_k, pool_v), cursors, stats, queries = moved
+    cache = dataclasses.replace(
       self,
       k=pool_k.reshape(self.k.shape),
       v=pool_v.reshape(self.v.shape),
@@ -228,6 +229,28 @@ class DenseCache:
       status=cursors.status,
       stats=tree.unflatten(stats),
     )
+    return queries, cache
+
+  def append_beside(
+    self,
+    q: Float[Array, 'B T N H'],
+    k: Float[Array, 'B T K H'],
+    v: Float[Array, 'B T K H'],
+    positions: Int32[Array, 'B T'],
+    count: Int32[Array, 'B'] | None = None,
+  ) -> tuple[Float[Array, 'B T N H'], Self]:
+    """`append` beside queries: (q, cache).
+
+    On a GPU what makes queries, keys and values of one token is then a single
+    launch before that of the append, not three.
+    """
+    alike = self.k.dtype == k.dtype == v.dtype
+    if not alike or not append_token.serves_joint(q, k):
+      return q, self.append(k, v, positions, count)
+    joint = append_token.Joint.of(q, k, v)
+    queries, cache = self._append_one(joint, None, positions, count)
+    assert queries is not None
+    return queries[:, None], cache
 
   def truncate(self, lengths: Int32[Array, 'B']) -> Self:
     """Keeps the first `lengths` tokens of each row, as if no more had come."""

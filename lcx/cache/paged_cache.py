@@ -121,7 +121,14 @@ class PagedCache:
     rows, tokens, heads, dim = k.shape
     agree = self.config.agree_over
     if tokens == 1 and append_token.serves(rows * heads, dim, agree):
-      return self._append_one(k, v, positions, count)
+      k, v = k[:, 0], v[:, 0]
+      codes = jax.tree.map(
+        lambda x, to: x.astype(to.dtype),
+        encode(k, v, self.config.bits),
+        self.pool,
+      )
+      codes = jax.tree.leaves(codes)
+      return self._append_one(codes, k, positions, count)[1]
     page = self.page
     offset = self.used % page
     count, status = self._admitted(count, positions)
@@ -161,8 +168,8 @@ class PagedCache:
       stats=stats,
     )
 
-  def _append_one(self, k, v, positions, count) -> Self:
-    """`append` of one token a row, in one launch."""
+  def _append_one(self, tokens, keys, positions, count):
+    """`append` of one token a row, in one launch: (queries or None, cache)."""
     config = self.config
     rules = append_token.Rules(
       page=self.page,
@@ -173,14 +180,11 @@ class PagedCache:
       statistics='' if self.stats is None else config.stats,
       **STATUSES,
     )
-    k, v = k[:, 0], v[:, 0]
-    tokens = encode(k, v, config.bits)
-    tokens = jax.tree.map(lambda x, to: x.astype(to.dtype), tokens, self.pool)
     pool, tree = jax.tree.flatten(self.pool)
     stats, stats_tree = jax.tree.flatten(self.stats)
-    pool, cursors, stats = append_token.gpu.append_token(
+    pool, cursors, stats, queries = append_token.gpu.append_token(
       pool,
-      tree.flatten_up_to(tokens),
+      tokens,
       append_token.Cursors(
         table=self.table,
         starts=self.starts,
@@ -190,7 +194,7 @@ class PagedCache:
         taken=self.vacancy.taken,
       ),
       stats,
-      k,
+      keys,
       positions[:, 0],
       count,
       rules=rules,
@@ -198,7 +202,7 @@ class PagedCache:
       order=self.vacancy.order,
     )
     assert cursors.taken is not None
-    return dataclasses.replace(
+    cache = dataclasses.replace(
       self,
       pool=tree.unflatten(pool),
       table=cursors.table,
@@ -209,6 +213,29 @@ class PagedCache:
       vacancy=dataclasses.replace(self.vacancy, taken=cursors.taken),
       stats=stats_tree.unflatten(stats),
     )
+    return queries, cache
+
+  def append_beside(
+    self,
+    q: Float[Array, 'B T N H'],
+    k: Float[Array, 'B T K H'],
+    v: Float[Array, 'B T K H'],
+    positions: Int32[Array, 'B T'],
+    count: Int32[Array, 'B'] | None = None,
+  ) -> tuple[Float[Array, 'B T N H'], Self]:
+    """`append` beside queries: (q, cache).
+
+    On a GPU what makes queries, keys and values of one token is then a single
+    launch before that of the append, not three.
+    """
+    agree = self.config.agree_over
+    alike = self.config.bits == 16 and self.pool.k.dtype == k.dtype == v.dtype
+    if not alike or not append_token.serves_joint(q, k, agree):
+      return q, self.append(k, v, positions, count)
+    joint = append_token.Joint.of(q, k, v)
+    queries, cache = self._append_one(joint, None, positions, count)
+    assert queries is not None
+    return queries[:, None], cache
 
   def truncate(self, lengths: Int32[Array, 'B']) -> Self:
     """Keeps the first `lengths` tokens of each row, as if no more had come.

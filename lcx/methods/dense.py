@@ -47,9 +47,9 @@ class DenseDecode(Decode):
   needs = frozenset({'all_tokens', 'rotated'})
 
   def attend(self, q, k, v, rope: Rope, cache, state, ctx: Context):
-    cache = shards.append(cache, k, rope(k, ctx.positions), v, ctx)
+    q, cache = shards.append_rotated(q, k, v, rope, cache, ctx)
     part = attend_listed(
-      rope(q, ctx.positions),
+      q,
       cache,
       cache.page_ids(),
       cache.page_starts(),

@@ -304,8 +304,7 @@ class LServeDecode(Decode):
     return max(-(-self.budget // page), always) + 1
 
   def attend(self, q, k, v, rope: Rope, cache, state: Choice, ctx: Context):
-    q = rope(q, ctx.positions)
-    cache = shards.append(cache, k, rope(k, ctx.positions), v, ctx)
+    q, cache = shards.append_rotated(q, k, v, rope, cache, ctx)
     ids, starts = cache.page_ids(), cache.page_starts()
     newest = ctx.lengths - 1
     # All rows choose on a common step, or it would come in almost every one.

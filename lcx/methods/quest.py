@@ -60,8 +60,7 @@ class QuestDecode(Decode):
       )
 
   def attend(self, q, k, v, rope: Rope, cache, state, ctx: Context):
-    q = rope(q, ctx.positions)
-    cache = shards.append(cache, k, rope(k, ctx.positions), v, ctx)
+    q, cache = shards.append_rotated(q, k, v, rope, cache, ctx)
     pages, ids = cache.pages(), cache.page_ids()
     starts = cache.page_starts()
     newest = jnp.max(jnp.where(ctx.valid, ctx.positions, 0), axis=1)

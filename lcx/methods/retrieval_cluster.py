@@ -97,8 +97,7 @@ class ClusterDecode(Decode):
     )
 
   def attend(self, q, k, v, rope: Rope, cache, state, ctx: Context):
-    q = rope(q, ctx.positions)
-    cache = shards.append(cache, k, rope(k, ctx.positions), v, ctx)
+    q, cache = shards.append_rotated(q, k, v, rope, cache, ctx)
     newest = ctx.lengths - 1
     state = lax.cond(
       jnp.any(self._due(state, cache, newest)),

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from kernels_pallas.partial import Partial, merge_over
 from lcx import policy
-from lcx.methods.base import Axes, Context
+from lcx.methods.base import Axes, Context, Rope
 
 
 def store(cache, k, rotated, v, ctx: Context):
@@ -43,6 +43,24 @@ def append(cache, k, rotated, v, ctx: Context):
   return cache.append(
     own(keys, first), own(v, first), own(ctx.positions, first), count
   )
+
+
+def append_rotated(q, k, v, rope: Rope, cache, ctx: Context):
+  """Rotates a decode step's queries and keys and appends: (queries, cache).
+
+  Args:
+    q: [B T N H] unrotated queries.
+    k: [B T K H] unrotated keys.
+    v: [B T K H].
+    rope: rotation.
+    cache: of rotated keys.
+    ctx: the context.
+  """
+  q, rotated = rope(q, ctx.positions), rope(k, ctx.positions)
+  beside = getattr(cache, 'append_beside', None)
+  if beside is None or jax.lax.axis_size(ctx.axes.seq) > 1 or not cache.rotated:
+    return q, append(cache, k, rotated, v, ctx)
+  return beside(q, rotated, v, ctx.positions, ctx.count)
 
 
 def belong_here(ctx: Context) -> Bool[Array, 'B T']:
@@ -83,8 +101,11 @@ def seen_until(cache, ctx: Context) -> Int32[Array, 'B T']:
   """Query positions, cut to the last token that this shard holds.
 
   A shard's last page may be half full while later tokens live elsewhere; its
-  unused slots must not become visible when positions pass them.
+  unused slots must not become visible when positions pass them. One shard alone
+  holds the tokens of all queries that count, so there is nothing to cut.
   """
+  if jax.lax.axis_size(ctx.axes.seq) == 1:
+    return ctx.positions
   return jnp.minimum(ctx.positions, cache.last_position()[:, None])
 
 

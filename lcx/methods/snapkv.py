@@ -136,8 +136,7 @@ class SnapKVDecode(Decode):
     )
 
   def attend(self, q, k, v, rope: Rope, cache, state, ctx: Context):
-    q = rope(q, ctx.positions)
-    cache = shards.append(cache, k, rope(k, ctx.positions), v, ctx)
+    q, cache = shards.append_rotated(q, k, v, rope, cache, ctx)
     pages = cache.pages()
     ids, starts, lost = self._after(cache, state.since, pages.page)
     part = merge(

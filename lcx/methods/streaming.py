@@ -98,13 +98,13 @@ class StreamingDecode(Decode):
     return None
 
   def attend(self, q, k, v, rope: Rope, cache, state, ctx: Context):
-    cache = shards.append(cache, k, rope(k, ctx.positions), v, ctx)
+    q, cache = shards.append_rotated(q, k, v, rope, cache, ctx)
     heads = k.shape[2]
     recent = min(self.recent, ctx.sliding_window or self.recent)
     # A model's own window takes the sink away, too.
     sink = 0 if ctx.sliding_window is not None else self.sink
     part = attend_listed(
-      rope(q, ctx.positions),
+      q,
       cache,
       cache.page_ids(),
       cache.page_starts(),

@@ -24,7 +24,8 @@ CONFIGS = {
   'rings-int4': Paged(**SMALL, bits=4, ring_heads='all'),
   'few-pages': Paged(**SMALL, ring_heads=RINGS, pool_pages=17),
 }
-ROWS, HEADS, DIM, STEPS = 3, 3, 12, 40
+ROWS, HEADS, GROUP, DIM, STEPS = 3, 3, 2, 12, 40
+UNQUANTISED = ('dense', 'dense-bounds', 'paged', 'moments', 'few-pages')
 
 
 def empty(config):
@@ -65,6 +66,46 @@ def appended(cache, k, v, positions, count):
 @pytest.mark.parametrize('name', CONFIGS)
 def test_one_launch_appends_like_array_operations(name, interpreted):
   check(name)
+
+
+@pytest.mark.parametrize('name', UNQUANTISED)
+def test_it_appends_beside_queries(name, interpreted):
+  check_beside(name)
+
+
+@pytest.mark.parametrize('name', UNQUANTISED)
+@pytest.mark.gpu
+def test_it_appends_beside_queries_on_a_gpu(name):
+  assert dispatch.prefers('gpu'), 'an older GPU would compare XLA with itself'
+  check_beside(name)
+
+
+def check_beside(name):
+  cache = poisoned(empty(CONFIGS[name]))
+  random = np.random.default_rng(0)
+  shape = (2, ROWS, 1, (GROUP + 2) * HEADS, DIM)
+  for x in jnp.asarray(random.normal(size=shape), 'bfloat16'):
+    q, k, v = jnp.split(x, [GROUP * HEADS, (GROUP + 1) * HEADS], axis=2)
+    args = q, k, v, np.asarray(cache.used)[:, None], np.array([1, 0, 1])
+    want = jax.jit(_without_kernel)(cache, *args[1:])
+    jaxpr = jax.make_jaxpr(beside)(cache, *args)
+    assert 'concatenate' in str(jaxpr), 'they are not joined'
+    got, cache = jax.jit(lambda *args: beside(*args))(cache, *args)
+    chex.assert_trees_all_equal((got, cache), (q, want))
+
+
+def beside(cache, *args):
+  return cache.append_beside(*args)
+
+
+def test_quantised_keys_are_appended_beside_queries(interpreted):
+  cache = empty(CONFIGS['mixed-int8'])
+  x = jnp.ones((ROWS, 1, HEADS, DIM), jnp.bfloat16)
+  q = jnp.ones((ROWS, 1, GROUP * HEADS, DIM), jnp.bfloat16)
+  at = np.zeros((ROWS, 1), np.int32)
+  got, mine = jax.jit(beside)(cache, q, x, x, at)
+  theirs = jax.jit(_without_kernel)(cache, x, x, at, None)
+  chex.assert_trees_all_equal((got, mine), (q, theirs))
 
 
 @pytest.mark.gpu
