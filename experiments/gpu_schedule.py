@@ -25,10 +25,12 @@ import tempfile
 
 RESULTS = pathlib.Path(__file__).parent / 'results' / 'gpu_schedule.jsonl'
 HEADS, KV_HEADS, TOKENS, PAGE = 32, 8, 2**17, 64
-# Kernel, then its numbers: head dim of prompts; bits and queries of decode.
+# Kernel, then its numbers: head dim of prompts (block_lse: of XAttention's
+# stride 16); bits and queries of decode.
 CASES = (
   *(('block_sparse', h) for h in (64, 128, 256)),
   ('passing_block', 128),
+  ('block_lse', 128),
   *(('attend_pages', bits, t) for bits in (16, 8, 4) for t in (1, 16)),
   ('attend_tokens', 16, 1),
 )
@@ -73,7 +75,12 @@ def _run(kernel: str, numbers: tuple[int, ...]):
   """The kernel's call, and the shapes and dtypes that it takes."""
   import jax.numpy as jnp
 
-  from kernels_pallas import block_sparse, passing_block, selected_token
+  from kernels_pallas import (
+    block_scores,
+    block_sparse,
+    passing_block,
+    selected_token,
+  )
   from kernels_pallas.keys import Pages
 
   wide, count = jnp.bfloat16, jnp.int32
@@ -104,6 +111,19 @@ def _run(kernel: str, numbers: tuple[int, ...]):
 
     keys, row = ((1, KV_HEADS, s, h), wide), ((1, t), count)
     return run, (((1, t, HEADS, h), wide), keys, keys, row, row)
+  if kernel == 'block_lse':
+    (h,) = numbers
+    rows = HEADS // KV_HEADS, 512, 16 * h
+
+    def run(rows, cells, last, factor):
+      return block_scores.block_lse(
+        rows, cells, last, factor, per_block=8, implementation='gpu'
+      )
+
+    cells = (1, KV_HEADS, TOKENS // 16, 16 * h), wide
+    each = (1, rows[1])
+    operands = ((1, KV_HEADS, *rows), wide), cells
+    return run, (*operands, (each, count), (each, jnp.float32))
   bits, t = numbers
   kind = {16: wide, 8: jnp.int8, 4: jnp.uint8}[bits]
   pages = TOKENS // PAGE

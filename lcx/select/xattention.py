@@ -11,9 +11,8 @@ arXiv:2503.16428, section 2 and Algorithm 1. Per head, stride s, block B:
 
 Q~ K~^T sums each s x s cell's antidiagonal and costs 1/s of Q K^T: causal,
 T^2 N H / s FLOPs, 1 / (2 s) of dense attention. K~ is a reshape, so Q is the
-one that is turned round. The scores of a kv head's query chunk against the keys
-before it are one matrix product, kept in the queries' dtype; what is kept of
-them is float32 [rows, Sb].
+one that is turned round. What is kept of a chunk's scores is float32 [rows,
+Sb], the log-sum-exp of each block (kernels_pallas/block_scores).
 """
 
 import functools
@@ -23,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from kernels_pallas.block_scores import block_lse
 from lcx.select.block_rows import (
   Chunk,
   Rows,
@@ -38,16 +38,10 @@ from lcx.select.block_rows import (
   to_list,
 )
 
-# Sizes of one matrix product, for an H100: rows of Q~ (above, more rows no
-# longer help), and elements of K~ that it copies (32 MiB of bfloat16).
+# Rows of Q~ of a kv head in one matrix product: more no longer help.
 _ROWS = 4096
-_TILE = 2**24
-# float32 elements of what is kept of a chunk (32 MiB): of one kv head's rows,
-# and of all heads' blocks.
-_KEPT = 2**23
-# Key ranges that are compiled: chunk i reads its range rounded up to eighths.
-_RUNGS = 8
-_RUNG = 512  # cells of a range, at least
+# float32 elements of what is kept of a chunk (64 MiB), one a row and block.
+_KEPT = 2**24
 
 
 def xattention(
@@ -130,10 +124,10 @@ def xattention(
   bounded = width < bound(sb, rows=1)
   scale = (h**-0.5 if scale is None else scale) * math.log2(math.e)
   per_block = block_q // stride
-  kept = _KEPT * min(batch * kv_heads, per_block) // (batch * heads * sb)
+  kept = _KEPT // (batch * heads * sb)
   rows = min(_ROWS // group, kept) // shards
   chunk = max(1, min(rows // per_block, tb))
-  cells = k.reshape(batch * kv_heads, s // stride, stride * h)
+  cells = k.reshape(batch, kv_heads, s // stride, stride * h)
   if threshold is not None:
     threshold = jnp.asarray(threshold, jnp.float32)
     if threshold.ndim:
@@ -188,8 +182,8 @@ def _fold(
 
 
 def _block_mass(
-  q: Float[Array, 'B K G R F'],
-  cells: Float[Array, 'BK C F'],
+  rows: Float[Array, 'B K G R F'],
+  cells: Float[Array, 'B K C F'],
   start: Int32[Array, 'B R'],
   lengths: Int32[Array, 'B'],
   stride: int,
@@ -202,9 +196,6 @@ def _block_mass(
 
   With `axis`, cells are this shard's: its columns of the mass come back.
   """
-  batch, kv_heads, group, n_rows, f = q.shape
-  per_q, per_k = block_q // stride, block_k // stride
-  n_cells = cells.shape[1]
   n_valid = jnp.clip(lengths[:, None] - start, 0, stride)  # queries in a row
   # The last cell that a row sees. A cell that padding cuts is not seen: its
   # one row has it in the diagonal block, which is listed anyway.
@@ -213,87 +204,28 @@ def _block_mass(
   )
   last = jnp.where(n_valid > 0, last, -1)
   if axis is not None:
-    last = last - lax.axis_index(axis) * n_cells
-  factor = scale / jnp.maximum(n_valid, 1)
-  # A query block's mass is the mean over its rows that are no padding.
-  part = (n_valid > 0).reshape(batch, -1, per_q).astype(jnp.float32)
-  part = part / jnp.maximum(jnp.sum(part, axis=-1, keepdims=True), 1)
-  row = jnp.arange(batch * kv_heads) // kv_heads
-  q = q.reshape(batch * kv_heads, group, n_rows, f)
-
-  def upto(end):
-    """The mass of all heads from the first `end` cells."""
-
-    def one(args):
-      head, q, row = args
-      part_of = (last[row], factor[row], part[row])
-      mass = _head_mass(q, cells, head, end, *part_of, per_k=per_k, axis=axis)
-      return jnp.pad(mass, ((0, 0), (0, 0), (0, (n_cells - end) // per_k)))
-
-    return lambda: lax.map(one, (jnp.arange(len(row)), q, row))
-
-  if axis is not None:
-    mass = upto(n_cells)()  # every shard must meet in the collectives
-  else:
-    unit = -(-max(n_cells // _RUNGS, _RUNG) // per_k) * per_k
-    ends = [*range(unit, n_cells, unit), n_cells]
-    rung = jnp.clip(jnp.max(last) // unit, 0, len(ends) - 1)
-    mass = lax.switch(rung, [upto(end) for end in ends])
-  return mass.reshape(batch, kv_heads, *mass.shape[1:])
-
-
-def _head_mass(
-  q: Float[Array, 'G R F'],
-  cells: Float[Array, 'BK C F'],
-  head: Int32[Array, ''],
-  end: int,
-  last: Int32[Array, 'R'],
-  factor: Float[Array, 'R'],
-  part: Float[Array, 'c r'],
-  *,
-  per_k: int,
-  axis: str | None,
-) -> Float[Array, 'G c Eb']:
-  """The mass in the first `end` cells of one head; see `_block_mass`."""
-  group, n_rows, f = q.shape
-  tile = max(min(_TILE // f, end) // per_k * per_k, per_k)
-  n_tiles = -(-end // tile)
-  q = q.reshape(group * n_rows, f)
-  exact = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-
-  def one(i):
-    # The last tile is moved back; cells it shares with the one before count
-    # there.
-    first = jnp.minimum(i * tile, end - tile)
-    keys = lax.dynamic_slice(cells, (head, first, 0), (1, tile, f))[0]
-    score = jnp.einsum(
-      'mf,cf->mc', q, keys, precision=exact, preferred_element_type=q.dtype
-    ).reshape(group, n_rows, tile)
-    cell = first + jnp.arange(tile)
-    seen = (cell <= last[:, None]) & (cell >= i * tile)
-    score = jnp.where(
-      seen, score.astype(jnp.float32) * factor[:, None], -jnp.inf
-    )
-    top = jnp.max(score, axis=-1)
-    safe = jnp.where(top > -jnp.inf, top, 0.0)[..., None]
-    weight = jnp.exp2(score - safe).reshape(group, n_rows, -1, per_k)
-    return top, jnp.sum(weight, axis=-1)
-
-  top, weight = lax.map(one, jnp.arange(n_tiles))  # [i G R], [i G R tile_b]
-  best = jnp.max(top, axis=0)
+    last = last - lax.axis_index(axis) * cells.shape[2]
+  lse = block_lse(
+    rows,
+    cells,
+    last,
+    scale / jnp.maximum(n_valid, 1),
+    per_block=block_k // stride,
+  )
+  best = jnp.max(lse, axis=-1)
   if axis is not None:
     best = lax.pmax(best, axis)
-  fade = jnp.exp2(top - jnp.where(best > -jnp.inf, best, 0.0))
-  total = jnp.sum(fade * jnp.sum(weight, axis=-1), axis=0)
+  weight = jnp.exp2(lse - jnp.where(best > -jnp.inf, best, 0.0)[..., None])
+  total = jnp.sum(weight, axis=-1)
   if axis is not None:
     total = lax.psum(total, axis)
-  fade = fade / jnp.where(total > 0, total, 1.0)
-  fade = fade.reshape(n_tiles, group, *part.shape) * part
-  weight = weight.reshape(n_tiles, group, *part.shape, -1)
-  mass = jnp.sum(fade[..., None] * weight, axis=3)  # [i G c tile_b]
-  tail = (end - (n_tiles - 1) * tile) // per_k
-  flat = jnp.moveaxis(mass[:-1], 0, 2).reshape(*mass.shape[1:3], -1)
-  return jnp.concatenate([flat, mass[-1, ..., -tail:]], axis=-1)
+  # A query block's mass is the mean over its rows that are no padding.
+  part = (n_valid > 0).reshape(len(start), -1, block_q // stride)
+  part = part / jnp.maximum(jnp.sum(part, axis=-1, keepdims=True), 1)
+  shape = (*lse.shape[:3], *part.shape[1:])  # [B K G c r]
+  part = part[:, None, None] / jnp.where(total > 0, total, 1.0).reshape(shape)
+  weight = weight.reshape(*shape, -1)
+  return jnp.sum(weight * part[..., None], axis=4)
 
 
 def _pick(

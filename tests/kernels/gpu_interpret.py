@@ -12,9 +12,14 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import block_sparse, passing_block, selected_token
+from kernels_pallas import (
+  block_scores,
+  block_sparse,
+  passing_block,
+  selected_token,
+)
 from tests import oracle
-from tests.kernels import cases, mosaic_gpu_interpreter
+from tests.kernels import cases, mosaic_gpu_interpreter, test_block_scores
 
 BF16 = jnp.bfloat16
 # Three heads: a list over sink and window, a streaming one, an empty one.
@@ -55,6 +60,16 @@ def _pages(kind, **shape):
   oracle.assert_close(got, want, kind)
 
 
+def _scores(**shape):
+  args = test_block_scores.case(dtype=BF16, **shape)
+  test_block_scores.check(
+    functools.partial(_run, block_scores.block_lse),
+    args,
+    per_block=8,
+    kind='bfloat16',
+  )
+
+
 def _tokens(kind, **shape):
   args, kwargs = cases.token_case(dtype=BF16, **shape)
   got = _run(selected_token.attend_tokens, *args, **kwargs)
@@ -66,6 +81,10 @@ CASES = {
   'prompts': (
     functools.partial(_block, KINDS, t=130, s=400, kv=1, group=3),
     functools.partial(_passing, 100, 300),
+    # Two programs that share cells, three tiles.
+    functools.partial(
+      _scores, b=1, kv=1, group=1, n_rows=200, n_cells=528, f=64
+    ),
   ),
   'decode': (
     functools.partial(_pages, 'bfloat16', group=3, width=7, streaming=True),

@@ -212,12 +212,19 @@ def test_small_pieces_give_the_same_lists(name, monkeypatch):
   q, k = draw(13)
   want = select(name, q, k)
   for module, sizes in (
-    ('xattention', {'_ROWS': 48, '_TILE': 32 * 4 * 8 * 3, '_RUNG': 8}),
-    ('sparge', {'_KEPT': BATCH * HEADS * 16 * 5, '_PIECE': 256}),
-    ('vertical_slash', {'_KEPT': BATCH * HEADS * 16 * 5, '_TILE': 80}),
+    ('lcx.select.xattention', {'_ROWS': 48}),
+    (
+      'kernels_pallas.block_scores.xla',
+      {'_TILE': 32 * 4 * 8 * 3, '_RUNG': 8},
+    ),
+    ('lcx.select.sparge', {'_KEPT': BATCH * HEADS * 16 * 5, '_PIECE': 256}),
+    (
+      'lcx.select.vertical_slash',
+      {'_KEPT': BATCH * HEADS * 16 * 5, '_TILE': 80},
+    ),
   ):
     for field, size in sizes.items():
-      monkeypatch.setattr(f'lcx.select.{module}.{field}', size)
+      monkeypatch.setattr(f'{module}.{field}', size)
   got = compiled.__wrapped__(name, 0.5)(
     q, k, jnp.zeros(BATCH, jnp.int32), jnp.asarray(LENGTHS, jnp.int32)
   )
