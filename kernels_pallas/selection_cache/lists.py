@@ -128,8 +128,7 @@ def gathered(
   v: Float[Array, 'B K W H'],
   all_k: Float[Array, 'B K S H'],
   all_v: Float[Array, 'B K S H'],
-  new_k: Float[Array, 'B K H'],
-  new_v: Float[Array, 'B K H'],
+  used: Int32[Array, 'B'],
   listed: Int32[Array, 'B W'],
   held: Int32[Array, 'B'],
   valid: Bool[Array, 'B T'],
@@ -144,11 +143,10 @@ def gathered(
     v: likewise.
     all_k: of the cache.
     all_v: likewise.
-    new_k: of this step's first token.
-    new_v: likewise.
+    used: tokens that the cache holds, of which the last is the new one.
     listed: numbers of tokens.
     held: tokens of the working set, this step's included.
-    valid: whether the new token is one.
+    valid: whether there is a new token.
     due: rows that select.
     interpret: runs on any device.
   """
@@ -157,15 +155,11 @@ def gathered(
   shape = (some, dim)
 
   def kernel(*refs):
-    olds, (all_k_ref, all_v_ref, new_k_ref, new_v_ref, *refs) = (
-      refs[:2],
-      refs[2:],
-    )
-    del olds  # the same memory as what is written
-    listed_ref, held_ref, valid_ref, due_ref, k_ref, v_ref = refs
-    number, head, row = (pl.program_id(i) for i in range(3))
+    all_k_ref, all_v_ref, used_ref, listed_ref, held_ref, *refs = refs[2:]
+    valid_ref, due_ref, k_ref, v_ref = refs
+    head, number, row = (pl.program_id(i) for i in range(3))
     held, due = held_ref[row], due_ref[row]
-    first = number * some
+    first, channels = number * some, pl.ds(0, dim)
 
     @pl.when(due & (first < held))
     def _():
@@ -176,13 +170,11 @@ def gathered(
       )
       token = jnp.broadcast_to(token[:, None], shape)
       channel = lax.broadcasted_iota(jnp.int32, shape, 1)
-      mask = jnp.broadcast_to(here[:, None], shape)
       for source, target in ((all_k_ref, k_ref), (all_v_ref, v_ref)):
-        found = plgpu.load(source.at[row, head, token, channel])
         plgpu.store(
-          target.at[row, head, pl.ds(first, some)],
-          found.astype(k.dtype),
-          mask=mask,
+          target.at[row, head, pl.ds(first, some), channels],
+          plgpu.load(source.at[row, head, token, channel]).astype(k.dtype),
+          mask=jnp.broadcast_to(here[:, None], shape),
         )
 
     slot = held - 1
@@ -190,19 +182,20 @@ def gathered(
 
     @pl.when(comes & (slot // some == number))
     def _():
-      for source, target in ((new_k_ref, k_ref), (new_v_ref, v_ref)):
-        found = plgpu.load(source.at[row, head, pl.ds(0, dim)])
+      newest = used_ref[row] - 1
+      for source, target in ((all_k_ref, k_ref), (all_v_ref, v_ref)):
         plgpu.store(
-          target.at[row, head, slot, pl.ds(0, dim)], found.astype(k.dtype)
+          target.at[row, head, slot, channels],
+          plgpu.load(source.at[row, head, newest, channels]).astype(k.dtype),
         )
 
   like = jax.ShapeDtypeStruct(k.shape, k.dtype)
   return pl.pallas_call(
     kernel,
     out_shape=(like, like),
-    grid=(pl.cdiv(width, some), kv, batch),
+    grid=(kv, pl.cdiv(width, some), batch),
     input_output_aliases={0: 0, 1: 1},
     compiler_params=plgpu.CompilerParams(num_warps=4),
     interpret=interpret,
     name='selection_gather',
-  )(k, v, all_k, all_v, new_k, new_v, listed, held, valid, due)
+  )(k, v, all_k, all_v, used, listed, held, valid, due)

@@ -126,8 +126,6 @@ def step(
   query: Float[Array, 'B N H'],
   asked: Float[Array, 'B n H'],
   weight: Float[Array, 'B n'] | None,
-  new_k: Float[Array, 'B K H'],
-  new_v: Float[Array, 'B K H'],
   keys: Keys,
   working: Working,
   context: Context,
@@ -141,8 +139,6 @@ def step(
     query: pooled and unrotated, by which it is known who must select.
     asked: the queries that vote, in the frame of the keys.
     weight: of their votes; None: all alike.
-    new_k: of the step's first token, in the frame of the working set.
-    new_v: its value.
     keys: the cache, in which the new tokens are.
     working: before the step.
     context: the tokens.
@@ -209,8 +205,7 @@ def step(
     working.v,
     keys.k,
     keys.v,
-    new_k,
-    new_v,
+    keys.used,
     tokens,
     counts.held,
     context.valid,

@@ -1,8 +1,8 @@
 """Votes of all heads for keys, or for pages by their bounds: two launches.
 
-The first reads keys (or bounds) once and leaves logits, and of each tile and
-head the maximum and the sum of exponentials. The second sums those up, and then
-the heads' votes (`lcx.select.soft_vote` has the definitions).
+The first reads keys (or bounds) once and leaves logits, and of each head and
+some of its candidates the maximum and the sum of exponentials. The second sums
+those up, and then the heads' votes, which `lcx.select.soft_vote` defines.
 """
 
 from typing import Any, NamedTuple
@@ -19,8 +19,11 @@ from kernels_pallas.keys import NEVER
 
 _COLUMNS = 16  # of the smallest product on the tensor core
 _LOWEST = -1e30  # a maximum that exp can be taken of
-_VOTES = 1024  # of a program
-_PARTS = 1024  # of which as many are summed up at a time
+_TILE_BYTES = 2**15  # of keys that a program holds at once
+# Programs of a launch, 16 for each of 132 multiprocessors: with more, those
+# that end at once would take longer.
+_PROGRAMS = 2112
+_NUMBERS = 2**13  # that a program which sums up holds at once
 
 
 class Source(NamedTuple):
@@ -78,17 +81,17 @@ class Source(NamedTuple):
 
 
 class Logits(NamedTuple):
-  """Of candidates, G queries a kv head.
+  """Of candidates, for N queries.
 
   Attributes:
     scores: -inf where there is no candidate.
-    top: the largest of each tile.
-    total: sum of exp(score - top) of each tile.
+    top: the largest of each part of the candidates.
+    total: sum of exp(score - top) of each part.
   """
 
-  scores: Float[Array, 'B K C G']
-  top: Float[Array, 'B K n G']
-  total: Float[Array, 'B K n G']
+  scores: Float[Array, 'B C N']
+  top: Float[Array, 'B n N']
+  total: Float[Array, 'B n N']
 
 
 def logits(
@@ -119,24 +122,28 @@ def logits(
   group = heads // kv
   columns = max(_COLUMNS, pl.next_power_of_2(group))
   width = source.width(page)
-  tile = 128 if width <= 2**15 else 256
-  if source.least is not None:
-    tile //= 2  # two products
   dtype = jnp.promote_types(q.dtype, source.k.dtype)
   exact = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+  tile = max(16, _TILE_BYTES // (dim * dtype.itemsize))
+  if source.least is not None:
+    tile = max(16, tile // 2)  # two products
+  tiles = pl.cdiv(width, tile)
+  run = pl.cdiv(tiles * kv * batch, _PROGRAMS)  # tiles of a program
+  parts = pl.cdiv(tiles, run)
   span = 1 if source.least is None else page  # tokens that a row stands for
+  shape = (tile, columns)
 
   def kernel(*refs):
     *refs, scores_ref, top_ref, total_ref = refs
-    own, (q_ref, low_ref, high_ref, due_ref) = source.read(refs)
-    number, head, b = (pl.program_id(i) for i in range(3))
-    first = number * tile
+    own, (q_ref, low_ref, high_ref, due_ref) = source.read(list(refs))
+    head, part, b = (pl.program_id(i) for i in range(3))
+    mate = lax.broadcasted_iota(jnp.int32, (columns,), 0)
 
     def products(token):
       column = lax.broadcasted_iota(jnp.int32, (dim, columns), 1)
       channel = lax.broadcasted_iota(jnp.int32, (dim, columns), 0)
-      mine = jnp.minimum(column, group - 1)
-      queries = plgpu.load(q_ref.at[b, head * group + mine, channel])
+      at = head * group + jnp.minimum(column, group - 1)
+      queries = plgpu.load(q_ref.at[b, at, channel])
 
       def product(ref, queries):
         return jnp.dot(
@@ -151,48 +158,52 @@ def logits(
       most = product(own.k, jnp.maximum(queries, 0))
       return most + product(own.least, jnp.minimum(queries, 0))
 
-    @pl.when(due_ref[b])
-    def _():
+    def visit(i, carry):
+      top, total = carry
+      first = (part * run + i) * tile
       token = own.tokens(b, first, tile, page)
       begin = jnp.where(token < NEVER, token, 0) * span
       inside = (token < NEVER) & (begin < high_ref[b])
       inside &= begin + span > low_ref[b]
-      shape = (tile, columns)
       found = lax.cond(
         jnp.max(inside.astype(jnp.int32)) > 0,
         lambda: products(token) * scale,
         lambda: jnp.zeros(shape, jnp.float32),
       )
       found = jnp.where(inside[:, None], found, -jnp.inf)
-      top = jnp.max(found, axis=0)
-      weight = jnp.exp(found - jnp.maximum(top, _LOWEST)[None])
       place = first + lax.broadcasted_iota(jnp.int32, shape, 0)
       column = lax.broadcasted_iota(jnp.int32, shape, 1)
       real = (column < group) & (place < width)
-      _store(
-        scores_ref,
-        (b, head),
-        (jnp.where(real, place, width), column),
+      plgpu.store(
+        # Other lanes point behind the end: an interpreted store writes back
+        # what their place holds.
+        scores_ref.at[b, jnp.where(real, place, width), head * group + column],
         found,
-        real,
+        mask=real,
       )
-      column = lax.broadcasted_iota(jnp.int32, (columns,), 0)
-      real = column < group
-      at = jnp.where(real, number, top_ref.shape[2])
-      _store(top_ref, (b, head), (at, column), top, real)
-      _store(total_ref, (b, head), (at, column), jnp.sum(weight, axis=0), real)
+      new = jnp.maximum(top, jnp.max(found, axis=0))
+      weight = jnp.sum(jnp.exp(found - new[None]), axis=0)
+      return new, total * jnp.exp(top - new) + weight
 
-  parts = pl.cdiv(width, tile)
-  part = jax.ShapeDtypeStruct((batch, kv, parts, group), jnp.float32)
+    @pl.when(due_ref[b])
+    def _():
+      none = jnp.full((columns,), _LOWEST, jnp.float32)
+      top, total = lax.fori_loop(0, run, visit, (none, jnp.zeros_like(none)))
+      at = jnp.where(mate < group, part, parts), head * group + mate
+      plgpu.store(top_ref.at[(b, *at)], top, mask=mate < group)
+      plgpu.store(total_ref.at[(b, *at)], total, mask=mate < group)
+
+  sums = jax.ShapeDtypeStruct((batch, parts, heads), jnp.float32)
   found = pl.pallas_call(
     kernel,
     out_shape=(
-      jax.ShapeDtypeStruct((batch, kv, width, group), jnp.float32),
-      part,
-      part,
+      jax.ShapeDtypeStruct((batch, width, heads), jnp.float32),
+      sums,
+      sums,
     ),
-    grid=(parts, kv, batch),
-    compiler_params=plgpu.CompilerParams(num_warps=4 if tile < 256 else 8),
+    # Heads first: together they fill the lines of the scores.
+    grid=(kv, parts, batch),
+    compiler_params=plgpu.CompilerParams(num_warps=4),
     interpret=interpret,
     name='selection_logits',
   )(*source.given(), q, low, high, due)
@@ -219,70 +230,69 @@ def votes(
   Returns:
     As `kernels_pallas.best_in_order.gpu.best` takes them.
   """
-  batch, kv, width, group = logits.scores.shape
-  parts = logits.top.shape[2]
-  lead = pl.next_power_of_2(group)
-  tile = min(_VOTES, pl.next_power_of_2(width))
-  tile = max(tile, GROUP ** coarser(width))
-  some = min(_PARTS, pl.next_power_of_2(parts))
-  widths = [pl.cdiv(width, GROUP**level) for level in range(coarser(width) + 1)]
+  batch, width, heads = logits.scores.shape
+  parts = logits.top.shape[1]
+  lead = pl.next_power_of_2(heads)
+  some = max(1, _NUMBERS // lead)
+  tile = max(some, GROUP ** coarser(width))
+  widths = [pl.cdiv(width, GROUP**i) for i in range(coarser(width) + 1)]
 
   def kernel(scores_ref, top_ref, total_ref, due_ref, *refs):
     weight_ref = None if weight is None else refs[0]
     out_refs = refs[0 if weight is None else 1 :]
     number, b = pl.program_id(0), pl.program_id(1)
-    column = lax.broadcasted_iota(jnp.int32, (lead,), 0)
+    head = lax.broadcasted_iota(jnp.int32, (lead,), 0)
 
-    def block(ref, head, first, size, other):
-      """[size lead] of a head."""
+    def block(ref, first, size, other):
+      """[size lead] of all heads."""
       place = first + lax.broadcasted_iota(jnp.int32, (size, lead), 0)
-      real = (place < ref.shape[2]) & (column < group)[None]
       return plgpu.load(
-        ref.at[b, head, pl.ds(first, size), pl.ds(0, lead)],
-        mask=real,
+        ref.at[b, pl.ds(first, size), pl.ds(0, lead)],
+        mask=(place < ref.shape[1]) & (head < heads)[None],
         other=other,
       )
 
-    def log_sum(head):
-      """The log-sum-exp [lead] of a head's candidates."""
+    def log_sums():
+      """The log-sum-exp [lead] of each head's candidates."""
 
-      def step(i, carry):
+      def visit(i, carry):
         top, total = carry
-        tops = block(top_ref, head, i * some, some, -jnp.inf)
-        sums = block(total_ref, head, i * some, some, 0.0)
+        tops = block(top_ref, i * some, some, -jnp.inf)
+        sums = block(total_ref, i * some, some, 0.0)
         new = jnp.maximum(top, jnp.max(tops, axis=0))
         sums = jnp.sum(sums * jnp.exp(tops - new[None]), axis=0)
         return new, total * jnp.exp(top - new) + sums
 
-      none = jnp.full((lead,), _LOWEST, jnp.float32), jnp.zeros((lead,))
-      top, total = lax.fori_loop(0, pl.cdiv(parts, some), step, none)
+      none = jnp.full((lead,), _LOWEST, jnp.float32)
+      top, total = lax.fori_loop(
+        0, pl.cdiv(parts, some), visit, (none, jnp.zeros_like(none))
+      )
       return top + jnp.log(total)
-
-    def of_head(head, found):
-      scores = block(scores_ref, head, number * tile, tile, -jnp.inf)
-      part = scores
-      if kind == 'soft':
-        part = jnp.exp(jnp.minimum(scores - log_sum(head)[None], 0.0))
-        part = jnp.where(scores == -jnp.inf, -jnp.inf, part)
-      if weight_ref is not None:
-        at = head * group + jnp.minimum(column, group - 1)
-        part *= plgpu.load(weight_ref.at[b, at])[None]
-      part = jnp.where((column < group)[None], part, 0.0)
-      return found + jnp.sum(part, axis=1)
 
     @pl.when(due_ref[b])
     def _():
-      found = lax.fori_loop(0, kv, of_head, jnp.zeros((tile,), jnp.float32))
-      # A weight of 0 makes no number of -inf.
-      found = jnp.where(found > -jnp.inf, found, -jnp.inf)
+      scores = block(scores_ref, number * tile, tile, -jnp.inf)
+      part = scores
+      if kind == 'soft':
+        part = jnp.exp(jnp.minimum(scores - log_sums()[None], 0.0))
+      if weight_ref is not None:
+        some_head = jnp.minimum(head, heads - 1)
+        part *= plgpu.load(weight_ref.at[b, some_head])[None]
+      # What is no candidate has no logit of any head.
+      real = (head < heads)[None] & (scores > -jnp.inf)
+      found = jnp.sum(jnp.where(real, part, 0.0), axis=1)
+      found = jnp.where(jnp.max(scores, axis=1) > -jnp.inf, found, -jnp.inf)
       for level, out_ref in enumerate(out_refs):
         if level:
           found = jnp.max(found.reshape(-1, GROUP), axis=1)
         size = tile // GROUP**level
         place = number * size + lax.broadcasted_iota(jnp.int32, (size,), 0)
         real = place < widths[level]
-        at = jnp.where(real, place, widths[level])
-        _store(out_ref, (b,), (at,), found, real)
+        plgpu.store(
+          out_ref.at[b, jnp.where(real, place, widths[level])],
+          found,
+          mask=real,
+        )
 
   operands = [*logits, due] + ([] if weight is None else [weight])
   return pl.pallas_call(
@@ -293,11 +303,3 @@ def votes(
     interpret=interpret,
     name='selection_votes',
   )(*operands)
-
-
-def _store(ref, fixed, at, value, mask):
-  """Stores value at ref[*fixed, *at] where `mask`; at points away elsewhere.
-
-  (An interpreted store writes back what a place holds that it leaves out.)
-  """
-  plgpu.store(ref.at[(*fixed, *at)], value, mask=mask)

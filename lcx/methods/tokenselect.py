@@ -290,28 +290,29 @@ class TokenSelectDecode(ReuseRules, Decode):
     return Selection(working, copies)
 
   def attend(self, q, k, v, rope: Rope, cache, state: Selection, ctx: Context):
-    cache = shards.append(cache, k, _kept(k, cache, rope, ctx), v, ctx)
+    if self.positions == 'rank':
+      rotated, cache = q, shards.append(cache, k, k, v, ctx)  # turned at use
+    else:
+      rotated, cache = shards.append_rotated(q, k, v, rope, cache, ctx)
     copies = state.copies
     if copies is not None:
       copies = copies.refreshed(cache, q.shape[1])
     working, mine = state.working, shards.belong_here(ctx)
-    query, asked = self._one_query(q, ctx), self._asked(q, rope, ctx)
+    query = self._one_query(q, ctx)
+    asked = self._asked(q, rotated, rope, ctx)
     voters = self.asking(asked, k.shape[2])
     fell_back = lost = jnp.zeros((q.shape[0],), jnp.float32)
     if in_place.serves(self, cache, working, voters, ctx):
-      rotated = rope(k, ctx.positions)
-      working, due = in_place.step(
-        self, query, voters, rotated, v, cache, working, ctx
-      )
+      working, due = in_place.step(self, query, voters, cache, working, ctx)
     else:
       due = self._due(query, working, ctx)
       working, fell_back, lost = self._served(
         query, asked, due, k, v, rope, cache, copies, working, ctx
       )
-    out, seen = self._attend(q, rope, working, mine, ctx)
+    out, seen = self._attend(q, rotated, rope, working, mine, ctx)
     trace = None
     if ctx.trace:
-      keys = jnp.sum(jnp.where(ctx.valid, seen + 1, 0), axis=1)
+      keys = jnp.sum(jnp.where(ctx.valid, seen, 0), axis=1)
       keys = jax.lax.psum(keys.astype(jnp.float32), ctx.axes.seq) * q.shape[2]
       trace = decode_trace(keys, q, ctx)
       if trace is not None:
@@ -409,13 +410,15 @@ class TokenSelectDecode(ReuseRules, Decode):
     )
     return fresh, found.fell_back, found.lost
 
-  def _asked(self, q, rope: Rope, ctx: Context) -> Float[Array, 'B N H']:
+  def _asked(
+    self, q, rotated, rope: Rope, ctx: Context
+  ) -> Float[Array, 'B N H']:
     """The query that votes, in the frame of the cache's keys."""
-    positions = ctx.positions
     if self.positions == 'rank':
       positions = self.local + jnp.arange(q.shape[1], dtype=jnp.int32)
       positions = jnp.broadcast_to(positions, ctx.positions.shape)
-    return self.in_order(self._one_query(rope(q, positions), ctx))
+      rotated = rope(q, positions)
+    return self.in_order(self._one_query(rotated, ctx))
 
   def _one_query(self, q, ctx: Context) -> Float[Array, 'B N H']:
     """Of several tokens; of a row that has none, which never selects, any."""
@@ -423,21 +426,24 @@ class TokenSelectDecode(ReuseRules, Decode):
       return q[:, 0]
     return soft_vote.pool_queries(q, ctx.valid, self.pooling)
 
-  def _attend(self, q, rope: Rope, working: WorkingSet, mine, ctx: Context):
+  def _attend(
+    self, q, rotated, rope: Rope, working: WorkingSet, mine, ctx: Context
+  ):
     """Attention over the working set, whose last tokens are the queries'.
 
     Returns:
-      (out [B T N H], place of the last key that each query sees here [B T]).
+      (out [B T N H], keys that each query sees here [B T]).
     """
-    # New tokens stand last; a query sees none that came after its own.
-    after = jnp.cumsum(mine[:, ::-1], axis=1, dtype=jnp.int32)[:, ::-1] - mine
-    seen = working.held[:, None] - 1 - after
-    at = ctx.positions
+    seen = working.held[:, None]
+    if q.shape[1] > 1:
+      # New tokens stand last; a query sees none that came after its own.
+      after = jnp.cumsum(mine[:, ::-1], axis=1, dtype=jnp.int32)[:, ::-1]
+      seen -= after - mine
     if self.positions == 'rank':
       behind = ctx.count[:, None] - 1 - jnp.arange(q.shape[1], dtype=jnp.int32)
       rank = working.total[:, None] - 1 - jnp.maximum(behind, 0)
-      at = jnp.maximum(rank, 0)
-    part = attend_pages(rope(q, at), *working.pages(), q_positions=seen)
+      rotated = rope(q, jnp.maximum(rank, 0))
+    part = attend_pages(rotated, *working.pages(), q_positions=seen)
     return shards.merged(part, ctx.axes).astype(q.dtype), seen
 
   def _counters(self, due, fell_back, lost, ctx: Context):

@@ -53,8 +53,6 @@ def step(
   rules: ReuseRules,
   query: Float[Array, 'B N H'],
   voters: soft_vote.Voters,
-  k: Float[Array, 'B T K H'],
-  v: Float[Array, 'B T K H'],
   cache: DenseCache,
   working: WorkingSet,
   ctx: Context,
@@ -65,8 +63,6 @@ def step(
     rules: how to choose.
     query: pooled and unrotated.
     voters: the queries that vote, in the frame of the cache's keys.
-    k: rotated keys of the new tokens.
-    v: their values.
     cache: of this layer, the new tokens in it.
     working: that served until now.
     ctx: the context.
@@ -76,8 +72,6 @@ def step(
     query,
     voters.q,
     voters.weight,
-    k[:, 0],
-    v[:, 0],
     _keys(cache, rules),
     selection_cache.Working(
       working.query,

@@ -129,17 +129,19 @@ class WorkingSet:
     return jax.tree.map(pick, self, other)
 
   def pages(self):
-    """The working set as (pages, ids, starts), places counted as positions."""
+    """The working set as (pages, ids, starts).
+
+    Places are counted from 1, so that the newest token's is `held`.
+    """
     batch, kv_heads, width, dim = self.k.shape
     shape = (-1, PAGE, dim)
-    n = width // PAGE
-    ids = jnp.arange(batch * kv_heads * n, dtype=jnp.int32)
-    ids = ids.reshape(batch, kv_heads, n)
-    # A literal: the same broadcast would be a launch in every layer.
-    starts = np.tile(np.arange(n, dtype=np.int32) * PAGE, (batch, kv_heads, 1))
-    ids = jnp.where(starts < self.held[:, None, None], ids, -1)
+    # Literals: each would be a launch in every layer, and pages that hold
+    # nothing are none that a query sees.
+    ids = np.arange(batch * kv_heads * (width // PAGE), dtype=np.int32)
+    ids = ids.reshape(batch, kv_heads, -1)
+    starts = ids % (width // PAGE) * PAGE + 1
     pool = Pages(self.k.reshape(shape), self.v.reshape(shape))
-    return pool, ids, jnp.asarray(starts)
+    return pool, jnp.asarray(ids), jnp.asarray(starts)
 
 
 def below(
