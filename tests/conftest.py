@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # Folders whose tests compile for longer than they run: XLA leaves out most
 # optimizations there, which saves a third of their time.
 COMPILING = frozenset(
-  {'cache', 'engine', 'kernels', 'methods', 'models', 'select'}
+  {'cache', 'engine', 'kernels', 'methods', 'models', 'select', 'train'}
 )
 
 hypothesis.settings.register_profile(
@@ -99,10 +99,10 @@ def pytest_runtest_setup(item):
   import jax
 
   hasty = item.path.parent.name in COMPILING
-  jax.config.update(
-    'jax_disable_most_optimizations',
-    hasty and item.config.getoption('--platform') == 'cpu',
-  )
+  hasty &= item.config.getoption('--platform') == 'cpu'
+  jax.config.update('jax_disable_most_optimizations', hasty)
+  # Subprocesses, too: they compile what the test does, or interpret kernels.
+  os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = str(int(hasty))
 
 
 _TESTS = itertools.count(1)  # counting maps takes 20 ms: at every tenth

@@ -1,6 +1,7 @@
 """Gates are pulled down, held up where distance counts, and resume exactly."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ def writer(style=STYLE, seed=0):
   return Writer(hay, encode, style, seed, opening=(1,))
 
 
+@functools.cache
 def weights():
   return transformer.init(CONFIG, jax.random.key(0))
 
@@ -93,6 +95,7 @@ def test_the_loss_is_what_the_module_says():
   causal = at <= at[:, None]
   near = causal & ((at < 4) | (at > at[:, None] - 16))
 
+  @jax.jit
   def forward(gates):
     x = transformer.embed(weights().embed, tokens, CONFIG)
     for layer, gate in zip(weights().layers, gates):

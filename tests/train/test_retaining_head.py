@@ -55,7 +55,7 @@ def test_the_loss_is_what_the_module_says():
     lambda x: x[0], heads_file.init(CONFIG, 16, jax.random.key(0))
   )
   prompt = np.arange(50) < 40
-  total, fit = retaining_head.layer_loss(
+  total, fit = jax.jit(retaining_head.layer_loss)(
     heads,
     *(jnp.asarray(x, jnp.float32) for x in (q, k, v, label)),
     prompt,

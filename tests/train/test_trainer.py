@@ -143,9 +143,15 @@ def test_a_mesh_that_does_not_fit_is_refused():
 def test_stacked_layers_are_the_transformer(straight):
   _, run = straight
   tokens = run.mixture.batch(0).tokens
-  x = model.hidden(run.state['params'], tokens, tiny.MODEL, run.mesh)
-  got = model.logits(run.state['params'], x, tiny.MODEL)
-  want = transformer.forward(run.weights('float32'), tokens, tiny.MODEL)
+
+  @jax.jit
+  def stacked(params):
+    x = model.hidden(params, tokens, tiny.MODEL, run.mesh)
+    return model.logits(params, x, tiny.MODEL)
+
+  forward = jax.jit(lambda w: transformer.forward(w, tokens, tiny.MODEL))
+  got = stacked(run.state['params'])
+  want = forward(run.weights('float32'))
   np.testing.assert_allclose(got, want, atol=2e-4)
 
 
