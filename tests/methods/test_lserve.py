@@ -39,6 +39,7 @@ DECODE = LServeDecode(budget=48, sink=4, recent=12, reuse=4)
 MESH = sharding.make_mesh()
 
 
+@jax.jit  # a program a shape, not one an operation
 def rope(x, positions):
   """A rotation of channel pairs, enough to notice a wrong position."""
   angle = positions[:, :, None, None] * 0.1 ** jnp.arange(H // 2)
@@ -74,6 +75,11 @@ def step(q, k, v, cache, state, lengths, count, decode=DECODE):
   )(q, k, v, cache, state, lengths, count)
 
 
+@jax.jit
+def append(cache, k, v, at):
+  return cache.append(k, v, at)
+
+
 def tokens(seed, n, batch=1):
   draw = np.random.default_rng(seed)
   return tuple(
@@ -96,9 +102,7 @@ class Line:
   def read(self, seed, n):
     _, k, v = tokens(seed, n)
     at = jnp.arange(n, dtype=jnp.int32)[None]
-    self.cache = jax.jit(lambda c, *a: c.append(*a))(
-      self.cache, rope(k, at), v, at
-    )
+    self.cache = append(self.cache, rope(k, at), v, at)
     self._note(k, v)
     self.state = self.decode.start(self.cache, None)
 
@@ -231,7 +235,7 @@ def test_recycled_pages_leave_nothing_behind():
   used, fresh = Line(), Line()
   used.read(5, 200)
   used.feed(1)
-  used.cache = used.cache.reset(jnp.ones((1,), bool))
+  used.cache = jax.jit(type(used.cache).reset)(used.cache, jnp.ones((1,), bool))
   used.length, used.k, used.v = 0, fresh.k, fresh.v
   for line in (used, fresh):
     line.read(6, 90)
@@ -245,7 +249,9 @@ def test_a_cut_row_chooses_again():
   line.read(7, 120)
   for i in range(2):
     line.feed(i)
-  line.cache = line.cache.truncate(jnp.full((1,), 119, jnp.int32))
+  line.cache = jax.jit(type(line.cache).truncate)(
+    line.cache, jnp.full((1,), 119, jnp.int32)
+  )
   line.length, line.k, line.v = 119, line.k[:119], line.v[:119]
   out, q, _ = line.feed(9)
   check(line, out, q, expected_pages(line, q, DECODE), line.length - 1)
@@ -453,13 +459,18 @@ def test_bad_compositions_are_refused(fields, message):
 # The whole model.
 
 
+@functools.cache
+def weights(config):
+  return transformer.init(config, jax.random.key(0))
+
+
 def answer(method, mesh=(1, 1, 1), contexts=(300,), n=11):
   from tests.methods.test_conformance import answer_scores, prompt
 
   config = dataclasses.replace(TINY, dtype='float32')
   engine = Engine(
     config,
-    transformer.init(config, jax.random.key(0)),
+    weights(config),
     method,
     capacity=448,
     batch=len(contexts),
