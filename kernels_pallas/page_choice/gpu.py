@@ -9,6 +9,8 @@ what is held stays where it is, as the output is its memory.
   choice   one program for a (row, kv head): a search for the n-th best score,
            then compaction; bound by the latency of counting
 
+`reuse.py` has a second kernel for choices that serve several steps.
+
 Triton, not Mosaic GPU: its arrays have scans, and stores at masked places.
 """
 
@@ -72,27 +74,62 @@ def refuse(function: str, q, low, high, starts, *_, **__) -> str | None:
   return None
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Served:
+  """How long a choice has served: from it follows whether the next one is due.
+
+  Attributes:
+    since: int32 [B] newest position when pages were chosen.
+    age: int32 [B] tokens answered from them.
+    newest: int32 [B] newest position now.
+    count: int32 [B] tokens to answer now.
+    reuse: tokens that a choice serves, at most (static).
+  """
+
+  since: Any
+  age: Any
+  newest: Any
+  count: Any
+  reuse: int = dataclasses.field(metadata={'static': True})
+
+  def due(self):
+    """Whether a row's choice is too old, or the row was cut behind it."""
+    row = _iota((_padded(self.age.shape[0]),), 0)
+    real = row < self.age.shape[0]
+    since, age, newest, count = (
+      plgpu.load(x.at[row], mask=real, other=0)
+      for x in (self.since, self.age, self.newest, self.count)
+    )
+    due = (age + count > self.reuse) | (newest - count < since)
+    return jnp.max(jnp.where(due & (count > 0), 1, 0)) > 0
+
+
 class Call(NamedTuple):
   """Whether and for whom to choose: operands of both kernels, or their refs."""
 
   valid: Any  # bool [B T]
   unscored: Any  # bool [K], or None
-  due: Any  # bool [1], or None
+  due: Any  # bool or int32 [1], or a `Served`, or None
 
   def given(self) -> list:
-    return [x for x in self if x is not None]
+    return jax.tree.leaves(self)
 
   def read(self, refs) -> 'Call':
-    """The same of refs, which come in the order of `given`."""
-    refs = iter(refs)
-    return Call(*(None if x is None else next(refs) for x in self))
+    """The same of the first refs, which come in the order of `given`."""
+    given, tree = jax.tree.flatten(self)
+    return tree.unflatten(refs[: len(given)])
+
+  def is_due(self):
+    """Whether to choose now, if not None."""
+    return self.due.due() if isinstance(self.due, Served) else self.due[0] != 0
 
   def chooses(self, b_at):
     """Whether a row of the batch chooses now."""
     now = self.valid[b_at, 0]
     for t in range(1, self.valid.shape[1]):
       now |= self.valid[b_at, t]
-    return now if self.due is None else now & self.due[0]
+    return now if self.due is None else now & self.is_due()
 
   def head_of(self, row):
     """The kv head of a row of the bounds; -1: none."""
@@ -143,7 +180,7 @@ def choose_pages(
   if reason := refuse('choose_pages', q, low, high, starts):
     raise NotImplementedError(reason)
   call = Call(valid, unscored, None if due is None else due.reshape(1))
-  scores = page_scores(
+  scores, call = page_scores(
     q, low, high, starts, newest, call, n=n, sink=sink, recent=recent,
     page=page, group=group, interpret=interpret,
   )  # fmt: skip
@@ -155,11 +192,15 @@ def choose_pages(
 def page_scores(
   q, low, high, starts, newest, call: Call, *, n: int, sink: int, recent: int,
   page: int, group: str, interpret: bool = False,
-) -> Float[Array, 'B h W']:  # fmt: skip
+) -> tuple[Float[Array, 'B h W'], Call]:  # fmt: skip
   """Scores of all pages: inf where always seen, -inf where unused.
 
   Rows whose pages all fit into n get any other number below inf. Nothing is
   written for rows that do not choose, nor for rows of the bounds without head.
+
+  Returns:
+    The scores, and the call for the kernel that chooses by them: whether a
+    choice is due, where it was to be found out of a `Served`.
   """
   b, t, n_heads, h = q.shape
   kv, width = starts.shape[1:]
@@ -172,15 +213,24 @@ def page_scores(
   columns = max(FEWEST_QUERIES, _padded(t) * lead)
   dtype = jnp.promote_types(q.dtype, low.dtype)
   exact = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+  operands = [q.reshape(-1), low, high, starts, newest, *call.given()]
+  shapes = [jax.ShapeDtypeStruct((b, rows, width), jnp.float32)]
+  if isinstance(call.due, Served):
+    shapes.append(jax.ShapeDtypeStruct((1,), jnp.int32))
 
   def kernel(*refs):
-    *refs, scores_ref = refs
+    scores_ref, *due_refs = refs[len(operands) :]
     q_ref, low_ref, high_ref, starts_ref, newest_ref, *refs = refs
     own = call.read(refs)
     first = pl.program_id(0) * pages
     row, b_at = pl.program_id(1), pl.program_id(2)
     head = own.head_of(row)
     last = newest_ref[b_at]
+    for ref in due_refs:
+
+      @pl.when((pl.program_id(0) == 0) & (row == 0) & (b_at == 0))
+      def _(ref=ref):
+        ref[0] = own.is_due().astype(jnp.int32)
 
     def products():
       column = _iota((h, columns), 1)
@@ -238,15 +288,15 @@ def page_scores(
         mask=slot < width,
       )
 
-  operands = [q.reshape(-1), low, high, starts, newest, *call.given()]
-  return pl.pallas_call(
+  scores, *due = pl.pallas_call(
     kernel,
-    out_shape=jax.ShapeDtypeStruct((b, rows, width), jnp.float32),
+    out_shape=shapes,
     grid=(pl.cdiv(width, pages), rows, b),
     compiler_params=plgpu.CompilerParams(num_warps=4),
     interpret=interpret,
     name='page_scores',
   )(*operands)
+  return scores, call._replace(due=due[0]) if due else call
 
 
 def best_pages(
@@ -259,7 +309,7 @@ def best_pages(
   interpret: bool = False,
 ) -> Int32[Array, 'B K n']:
   """Slots of the n best scores above -inf, of equal ones the first."""
-  b, rows, width = scores.shape
+  b, rows, _ = scores.shape
 
   def kernel(*refs):
     scores_ref, *refs, out_ref = refs
@@ -277,16 +327,8 @@ def best_pages(
 
     @pl.when(now & (row >= 0))
     def _():
-      slots, keys = nth_best.slots(width, SIZES.lanes), []
-      for slot in slots:
-        score = plgpu.load(
-          scores_ref.at[b_at, row, jnp.minimum(slot, width - 1)]
-        )
-        keys.append(
-          jnp.where(slot < width, nth_best.ordered(score), nth_best.LOWEST)
-        )
-      found, total = nth_best.places(keys, n)
-      for slot, (taken, at) in zip(slots, found):
+      found, total = best_slots(scores_ref, b_at, row, n)
+      for slot, taken, at in found:
         plgpu.store(
           out_ref.at[b_at, head, jnp.where(taken, at, n)], slot, mask=taken
         )
@@ -315,6 +357,19 @@ def best_pages(
     interpret=interpret,
     name='best_pages',
   )(*operands)
+
+
+def best_slots(scores_ref, b_at, row, n: int):
+  """The n best slots of a row of scores: ([(slot, taken, place)], how many)."""
+  width = scores_ref.shape[2]
+  slots, keys = nth_best.slots(width, SIZES.lanes), []
+  for slot in slots:
+    score = plgpu.load(scores_ref.at[b_at, row, jnp.minimum(slot, width - 1)])
+    keys.append(
+      jnp.where(slot < width, nth_best.ordered(score), nth_best.LOWEST)
+    )
+  found, total = nth_best.places(keys, n)
+  return [(slot, *where) for slot, where in zip(slots, found)], total
 
 
 def _tile_rows(q, low) -> int:

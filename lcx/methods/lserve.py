@@ -29,6 +29,7 @@ from kernels_pallas.block_sparse import (
   dense_blocks,
   mixed,
 )
+from kernels_pallas.page_choice.reuse import Rules
 from lcx import head_profile
 from lcx.cache import Paged
 from lcx.cache.base import CacheShape, split
@@ -39,7 +40,7 @@ from lcx.methods.compose import get_method
 from lcx.methods.dense import decode_trace, dense_pairs
 from lcx.methods.listed_pages import attend_listed, is_ring, listed_keys
 from lcx.policy import AS_MEASURED
-from lcx.select import audit
+from lcx.select import audit, reused_pages
 from lcx.select.reused_pages import Choice
 from lcx.select.top_pages import take_pages, top_pages
 
@@ -305,6 +306,27 @@ class LServeDecode(Decode):
 
   def attend(self, q, k, v, rope: Rope, cache, state: Choice, ctx: Context):
     q, cache = shards.append_rotated(q, k, v, rope, cache, ctx)
+    crossover = self._crossover(q, cache, ctx)
+    bounds = self.scorer == 'bounds'
+    if bounds and not crossover and reused_pages.serves(q, cache, ctx):
+      ring = cache.ring if is_ring(cache) else None
+      state, ids, starts = reused_pages.listed(
+        state, q, cache, ctx, self._rules(cache), ring
+      )
+      part, keys = self._attended(q, cache, ids, starts, ctx)
+    else:
+      part, keys, state = self._listed(q, cache, state, crossover, ctx)
+    out = shards.merged(part, ctx.axes).astype(q.dtype)
+    trace = decode_trace(keys, q, ctx)
+    return out, cache, state, trace
+
+  def _attended(self, q, cache, ids, starts, ctx: Context):
+    part = attend_listed(q, cache, ids, starts, ctx)
+    keys = listed_keys(cache, ids, starts, q, ctx) if ctx.trace else ()
+    return part, keys
+
+  def _listed(self, q, cache, state: Choice, crossover: int, ctx: Context):
+    """Chooses, lists and attends on any device: (part, keys, state)."""
     ids, starts = cache.page_ids(), cache.page_starts()
     newest = ctx.lengths - 1
     # All rows choose on a common step, or it would come in almost every one.
@@ -315,33 +337,35 @@ class LServeDecode(Decode):
       ),
       ctx.axes.data,
     )
-    crossover = self._crossover(q, cache, ctx)
     is_sparse = longest > crossover
     due = (due > 0) & is_sparse
     slots = self._choose(q, cache, newest, state.slots, due, ctx)
     state = state.replaced(slots, newest, jnp.where(due, ctx.count, 0))
     state = state.served(ctx.count)
 
-    def attended(ids, starts):
-      part = attend_listed(q, cache, ids, starts, ctx)
-      keys = listed_keys(cache, ids, starts, q, ctx) if ctx.trace else ()
-      return part, keys
-
     def sparse():
       slots = state.with_new_pages(
         starts, cache.used, page=cache.page, reuse=self.reuse
       )
-      return attended(*take_pages(_with_rings(slots, cache), ids, starts))
+      some, first = take_pages(_with_rings(slots, cache), ids, starts)
+      return self._attended(q, cache, some, first, ctx)
 
-    if crossover:
-      part, keys = jax.lax.cond(
-        is_sparse, sparse, lambda: attended(ids, starts)
-      )
-    else:
-      part, keys = sparse()
-    out = shards.merged(part, ctx.axes).astype(q.dtype)
-    trace = decode_trace(keys, q, ctx)
-    return out, cache, state, trace
+    if not crossover:
+      return *sparse(), state
+    part, keys = jax.lax.cond(
+      is_sparse, sparse, lambda: self._attended(q, cache, ids, starts, ctx)
+    )
+    return part, keys, state
+
+  def _rules(self, cache) -> Rules:
+    return Rules(
+      reuse=self.reuse,
+      sink=self.sink,
+      recent=self.recent,
+      page=cache.page,
+      group=self.group,
+      first_slots=cache.config.ring_width if is_ring(cache) else 0,
+    )
 
   def _crossover(self, q, cache, ctx: Context) -> int:
     if self.crossover != AS_MEASURED:

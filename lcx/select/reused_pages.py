@@ -11,9 +11,12 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
-_LONG_AGO = 2**30
+from kernels_pallas.page_choice import reuse as in_place
+from kernels_pallas.page_choice.reuse import LONG_AGO
+from lcx.cache import PagedCache
+from lcx.methods.base import Context
 
 
 @jax.tree_util.register_dataclass
@@ -37,7 +40,7 @@ class Choice:
     return cls(
       jnp.full((batch, n_kv_heads, n), -1, jnp.int32),
       jnp.full((batch,), -1, jnp.int32),
-      jnp.full((batch,), _LONG_AGO, jnp.int32),
+      jnp.full((batch,), LONG_AGO, jnp.int32),
     )
 
   def due(
@@ -54,7 +57,7 @@ class Choice:
 
   def served(self, count: Int32[Array, 'B']) -> 'Choice':
     """After `count` more tokens."""
-    age = jnp.minimum(self.age + count, _LONG_AGO)
+    age = jnp.minimum(self.age + count, LONG_AGO)
     return dataclasses.replace(self, age=age)
 
   def replaced(
@@ -97,3 +100,49 @@ class Choice:
     start = jnp.take_along_axis(starts, safe, axis=2)
     fresh = (slot >= 0) & (start > self.newest[:, None, None])
     return jnp.concatenate([self.slots, jnp.where(fresh, slot, -1)], axis=2)
+
+
+def serves(q: Float[Array, 'B T N H'], cache, ctx: Context) -> bool:
+  """Whether `listed` can take a step: on one GPU, with bounds of keys."""
+  axes = ctx.axes
+  one = jax.lax.axis_size(axes.seq) * jax.lax.axis_size(axes.data) == 1
+  low, _ = cache.bounds()
+  return one and in_place.serves(q, low, cache.page_starts())
+
+
+def listed(
+  choice: Choice,
+  q: Float[Array, 'B T N H'],
+  cache,
+  ctx: Context,
+  rules: in_place.Rules,
+  unscored: Bool[Array, 'K'] | None,
+) -> tuple[Choice, Int32[Array, 'B K m'], Int32[Array, 'B K m']]:
+  """The choice after this step, and ids and starts of the pages it shows.
+
+  Two launches in place do what `top_pages`, `Choice` and `take_pages` say in
+  array operations.
+
+  Args:
+    choice: that served until now.
+    q: rotated queries.
+    cache: of this layer, the new tokens in it.
+    ctx: the context.
+    rules: how to choose.
+    unscored: kv heads without bounds, which see their first slots.
+  """
+  ids = cache.table if isinstance(cache, PagedCache) else cache.page_ids()
+  low, high = cache.bounds()
+  ids, starts, held = in_place.list_pages(
+    q,
+    low,
+    high,
+    in_place.Table(ids, cache.page_starts(), cache.used),
+    ctx.lengths - 1,
+    ctx.valid,
+    ctx.count,
+    in_place.Held(choice.slots, choice.newest, choice.age),
+    rules=rules,
+    unscored=unscored,
+  )
+  return Choice(*held), ids, starts

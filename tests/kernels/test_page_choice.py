@@ -131,7 +131,7 @@ def test_scores_of_the_kernel_and_of_xla_agree(dtype, how):
   args, _ = case(group=3, kv=2, unscored=None, n=1, dtype=dtype, per_page=2)
   q, low, high, starts, newest, valid = args
   static = {'sink': 4, 'recent': 20, 'page': 8}
-  got = gpu.page_scores(
+  got, _ = gpu.page_scores(
     *args[:5],
     gpu.Call(valid, None, None),
     n=1,
