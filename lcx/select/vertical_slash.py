@@ -45,6 +45,7 @@ from lcx.select.block_rows import (
 
 _TILE = 65536  # keys read at a time
 _KEPT = 2**23  # elements of all heads' block scores at a time
+_CHOSEN = 2**22  # keys, of some heads, among which is chosen at a time
 
 
 def vertical_slash(
@@ -106,8 +107,7 @@ def vertical_slash(
   )
   scale = h**-0.5 if scale is None else scale
 
-  def head(q, k, at, length):
-    vertical, slash = _sums(q, k, at, length, scale)
+  def pick(vertical, slash, length):
     column = jnp.arange(s)
     old = jnp.broadcast_to(column < length, vertical.shape)
 
@@ -124,13 +124,22 @@ def vertical_slash(
     seen = vertical.reshape(-1, sb, block_k).sum(-1), _behind(slash, block_k)
     return best(vertical, sink, columns), best(slash, recent, diagonals), seen
 
-  shape = (batch, kv_heads)
-  columns_of, diagonals_of, seen = window.map_heads(
-    head,
-    q.reshape(*shape, -1, size, h),
-    k,
-    jnp.broadcast_to(at[:, None], (*shape, size)),
-    jnp.broadcast_to(lengths[:, None], shape),
+  flat = batch * kv_heads
+  queries, keys = q.reshape(flat, -1, size, h), k.reshape(flat, s, h)
+
+  def sums_of(i):
+    row = i // kv_heads
+    return _sums(queries[i], keys[i], at[row], lengths[row], scale)
+
+  def of_heads(some):
+    """A choice is a chain of small steps: of some heads at once."""
+    return jax.vmap(pick)(*lax.map(sums_of, some), lengths[some // kv_heads])
+
+  most = max(1, _CHOSEN // (heads // kv_heads * s))
+  at_once = max(n for n in range(1, flat + 1) if flat % n == 0 and n <= most)
+  columns_of, diagonals_of, seen = jax.tree.map(
+    lambda x: x.reshape(batch, kv_heads, *x.shape[2:]),
+    lax.map(of_heads, jnp.arange(flat).reshape(-1, at_once)),
   )
   chunk = max(1, min(_KEPT // (batch * heads * sb), tb))
 
