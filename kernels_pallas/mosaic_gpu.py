@@ -199,7 +199,7 @@ def stream_attention(q, k, v, plan, ids, first, stop, *, scale, ids_k, sizes):
 
   def where():
     b = lax.axis_index('batch')
-    head = lax.axis_index('heads')
+    head = lax.axis_index('kv_heads') * group + lax.axis_index('group')
     # Longest tiles first: a causal tile's work grows with its index.
     tile = tiles - 1 - lax.axis_index('tiles')
     return b, head, tile
@@ -227,10 +227,13 @@ def stream_attention(q, k, v, plan, ids, first, stop, *, scale, ids_k, sizes):
         j = jnp.where(e2 < 0, j, block * parts + part)
       return jnp.where(e < plan.n_full, j, plan.masked_tile(e - plan.n_full))
 
-    @pl.loop(0, plan.n_full + plan.n_masked)
-    def _(e):
+    total = plan.n_full + plan.n_masked
+
+    def fill(e, tile_now):
       slot = lax.rem(e, jnp.int32(stages))
-      keys = pl.ds(tile_at(e) * tile_k, tile_k)
+      keys = pl.ds(tile_now * tile_k, tile_k)
+      # Read before the waits, which hide how long a listed id takes to come.
+      tile_next = tile_at(jnp.minimum(e + 1, total - 1))
 
       @pl.when(e >= stages)
       def _():
@@ -247,6 +250,9 @@ def stream_attention(q, k, v, plan, ids, first, stop, *, scale, ids_k, sizes):
       plgpu.copy_gmem_to_smem(
         v_ref.at[b, kv_head, keys], scratch.v.at[slot], scratch.v_full.at[slot]
       )
+      return tile_next
+
+    lax.fori_loop(0, total, fill, tile_at(jnp.int32(0)))
 
   def compute_thread(refs, scratch, me):
     q_ref, plan_ref, first_ref, stop_ref, out_ref, lse_ref = refs
@@ -482,8 +488,10 @@ def stream_attention(q, k, v, plan, ids, first, stop, *, scale, ids_k, sizes):
         turn=plgpu.Barrier(num_barriers=GROUPS),
       )
     ],
-    grid=(batch, tiles, n),
-    grid_names=('batch', 'tiles', 'heads'),
+    # One kv head after the other: its keys and values stay in the cache while
+    # its query tiles read them, each in an order of its own.
+    grid=(batch, n // group, tiles, group),
+    grid_names=('batch', 'kv_heads', 'tiles', 'group'),
     num_threads=GROUPS + 1,
     thread_name='wg',
     compiler_params=plgpu.CompilerParams(approx_math=True),
