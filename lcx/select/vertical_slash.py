@@ -133,7 +133,8 @@ def vertical_slash(
 
   def of_heads(some):
     """A choice is a chain of small steps: of some heads at once."""
-    return jax.vmap(pick)(*lax.map(sums_of, some), lengths[some // kv_heads])
+    vertical, slash = lax.map(sums_of, some)
+    return jax.vmap(pick)(vertical, slash, lengths[some // kv_heads])
 
   most = max(1, _CHOSEN // (heads // kv_heads * s))
   at_once = max(n for n in range(1, flat + 1) if flat % n == 0 and n <= most)
