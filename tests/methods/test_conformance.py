@@ -22,18 +22,19 @@ from lcx.models.presets import PRESETS
 LAYOUTS = ('ring_contiguous', 'ring_striped')
 
 
-def each(part=''):
+def each(part='', elsewhere=()):
   """Every method; where a test is of one part, those that have a part anew.
 
   The others, which have dense's, are left to the long run. All on one worker,
   and method by method (which scope='module' does): what is sharded is compared
-  with programs that the tests before it compiled.
+  with programs that the tests before it compiled. What `elsewhere` names has a
+  stricter test of its own in the default run.
   """
   dense, params = methods.get_method('dense'), []
   for name in methods.names():
     method, marks = methods.get_method(name), [pytest.mark.xdist_group('mesh')]
     again = part and getattr(method, part) == getattr(dense, part)
-    if name in LAYOUTS or (again and name != 'dense'):
+    if name in (*LAYOUTS, *elsewhere) or (again and name != 'dense'):
       marks.append(pytest.mark.long)
     params.append(pytest.param(name, marks=marks))
   return pytest.mark.parametrize('name', params, scope='module')
@@ -57,7 +58,18 @@ def crossed():
   return [parts for _, parts in found.values()]
 
 
-CROSSED = crossed()
+def is_again(decode):
+  """Whether it is dense's decode under the name of another prefill."""
+  part = methods.get_method(decode).decode
+  return decode != 'dense' and part == methods.get_method('dense').decode
+
+
+CROSSED = [
+  pytest.param(
+    parts, marks=[pytest.mark.long] * (is_again(parts[2]) and parts[0] != 'apb')
+  )
+  for parts in crossed()
+]
 # Methods that cut a prompt over hosts, virtual ones on one device.
 SPLITTING = [
   n for n in methods.names() if hasattr(methods.get_method(n).prefill, 'hosts')
@@ -91,11 +103,16 @@ def answer_scores(engine, prompts, steps=5, question=0):
 
 
 @functools.cache
+def weights():
+  return transformer.init(CONFIG, jax.random.key(0))
+
+
+@functools.cache
 def make_engine(method, mesh=(1, 1, 1), sliding_window=None, capacity=CAPACITY):
   """An engine of two rows; its programs serve several tests."""
   return Engine(
     dataclasses.replace(CONFIG, sliding_window=sliding_window),
-    transformer.init(CONFIG, jax.random.key(0)),
+    weights(),
     method,
     capacity=capacity,
     batch=2,
@@ -161,7 +178,8 @@ def test_a_longer_neighbour_does_not_matter(name):
   chex.assert_trees_all_close(*scores, rtol=1e-4, atol=1e-4)
 
 
-@each('decode')
+# test_retrieval rewinds where the index is used.
+@each('decode', elsewhere=('retrieval_cluster',))
 def test_what_was_rewound_leaves_no_trace(name):
   """Tokens after a mark, and their answers, are as if they had never been."""
   engine = tight(name)

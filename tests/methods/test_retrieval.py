@@ -57,10 +57,15 @@ def prompt(seed, context=300):
 
 
 @functools.cache
+def weights():
+  return transformer.init(CONFIG, jax.random.key(0))
+
+
+@functools.cache
 def make_engine(method, mesh=(1, 1, 1)):
   return Engine(
     CONFIG,
-    transformer.init(CONFIG, jax.random.key(0)),
+    weights(),
     method,
     capacity=CAPACITY,
     batch=2,  # one size: programs serve several tests
