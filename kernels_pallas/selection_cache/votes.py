@@ -20,9 +20,10 @@ from kernels_pallas.keys import NEVER
 _COLUMNS = 16  # of the smallest product on the tensor core
 _LOWEST = -1e30  # a maximum that exp can be taken of
 _TILE_BYTES = 2**15  # of keys that a program holds at once
-# Programs of a launch, 16 for each of 132 multiprocessors: with more, those
-# that end at once would take longer.
-_PROGRAMS = 2112
+# Programs of a launch, as many as 132 multiprocessors hold at once: with more,
+# those that end at once would take longer, and work would end in a tail.
+_SCORERS = 5 * 132
+_COUNTERS = 2 * 132
 _NUMBERS = 2**13  # that a program which sums up holds at once
 
 
@@ -128,7 +129,7 @@ def logits(
   if source.least is not None:
     tile = max(16, tile // 2)  # two products
   tiles = pl.cdiv(width, tile)
-  run = pl.cdiv(tiles * kv * batch, _PROGRAMS)  # tiles of a program
+  run = pl.cdiv(tiles * kv * batch, _SCORERS)  # tiles of a program
   parts = pl.cdiv(tiles, run)
   span = 1 if source.least is None else page  # tokens that a row stands for
   shape = (tile, columns)
@@ -163,8 +164,9 @@ def logits(
       first = (part * run + i) * tile
       token = own.tokens(b, first, tile, page)
       begin = jnp.where(token < NEVER, token, 0) * span
-      inside = (token < NEVER) & (begin < high_ref[b])
-      inside &= begin + span > low_ref[b]
+      inside = (token < NEVER) & (
+        jnp.maximum(begin, low_ref[b]) < jnp.minimum(begin + span, high_ref[b])
+      )
       found = lax.cond(
         jnp.max(inside.astype(jnp.int32)) > 0,
         lambda: products(token) * scale,
@@ -235,12 +237,14 @@ def votes(
   lead = pl.next_power_of_2(heads)
   some = max(1, _NUMBERS // lead)
   tile = max(some, GROUP ** coarser(width))
+  tiles = pl.cdiv(width, tile)
+  run = pl.cdiv(tiles * batch, _COUNTERS)  # tiles of a program
   widths = [pl.cdiv(width, GROUP**i) for i in range(coarser(width) + 1)]
 
   def kernel(scores_ref, top_ref, total_ref, due_ref, *refs):
     weight_ref = None if weight is None else refs[0]
     out_refs = refs[0 if weight is None else 1 :]
-    number, b = pl.program_id(0), pl.program_id(1)
+    first, b = pl.program_id(0) * run, pl.program_id(1)
     head = lax.broadcasted_iota(jnp.int32, (lead,), 0)
 
     def block(ref, first, size, other):
@@ -269,15 +273,15 @@ def votes(
       )
       return top + jnp.log(total)
 
-    @pl.when(due_ref[b])
-    def _():
+    def count(number, sums):
+      """Votes of a tile, by all heads' sums."""
       scores = block(scores_ref, number * tile, tile, -jnp.inf)
       part = scores
       if kind == 'soft':
-        part = jnp.exp(jnp.minimum(scores - log_sums()[None], 0.0))
+        part = jnp.exp(jnp.minimum(scores - sums[None], 0.0))
       if weight_ref is not None:
-        some_head = jnp.minimum(head, heads - 1)
-        part *= plgpu.load(weight_ref.at[b, some_head])[None]
+        at = jnp.minimum(head, heads - 1)
+        part *= plgpu.load(weight_ref.at[b, at])[None]
       # What is no candidate has no logit of any head.
       real = (head < heads)[None] & (scores > -jnp.inf)
       found = jnp.sum(jnp.where(real, part, 0.0), axis=1)
@@ -288,17 +292,19 @@ def votes(
         size = tile // GROUP**level
         place = number * size + lax.broadcasted_iota(jnp.int32, (size,), 0)
         real = place < widths[level]
-        plgpu.store(
-          out_ref.at[b, jnp.where(real, place, widths[level])],
-          found,
-          mask=real,
-        )
+        at = jnp.where(real, place, widths[level])
+        plgpu.store(out_ref.at[b, at], found, mask=real)
+
+    @pl.when(due_ref[b])
+    def _():
+      sums = log_sums() if kind == 'soft' else None
+      pl.loop(0, run)(lambda i: count(first + i, sums))
 
   operands = [*logits, due] + ([] if weight is None else [weight])
   return pl.pallas_call(
     kernel,
     out_shape=[jax.ShapeDtypeStruct((batch, n), jnp.float32) for n in widths],
-    grid=(pl.cdiv(width, tile), batch),
+    grid=(pl.cdiv(tiles, run), batch),
     compiler_params=plgpu.CompilerParams(num_warps=8),
     interpret=interpret,
     name='selection_votes',
