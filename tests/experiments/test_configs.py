@@ -22,6 +22,23 @@ CONFIGS = sorted(
 LIMIT = 240
 
 
+# Their smokes run code that other smokes run (of their kind; needle's also in
+# `make demo`), with other numbers, of which test_config_resolves and
+# test_methods_of_a_config_compose say whether they fit.
+REPEATED = frozenset(
+  {
+    'apb_quality',
+    'lserve_budget',
+    'lserve_speed',
+    'needle',
+    'ruler_real',
+    'tokenselect_extrapolation',
+    'tokenselect_quality',
+    'tokenselect_speed',
+  }
+)
+
+
 @pytest.fixture(params=CONFIGS, ids=lambda p: p.stem)
 def path(request):
   return request.param
@@ -51,9 +68,12 @@ def test_config_resolves(path, arg):
   resolve.resolve(module.Config, values)
 
 
-def test_methods_of_a_config_compose(path):
+@pytest.mark.parametrize('arg', ['', 'smoke'])
+def test_methods_of_a_config_compose(path, arg):
   """At full size, too: a smoke has fewer methods and other numbers."""
-  values = load(path, 'profile=alternate' if path.stem == 'lserve_2x2' else '')
+  if not arg and path.stem == 'lserve_2x2':
+    arg = 'profile=alternate'
+  values = load(path, arg)
   made = [
     evaluate.variant(label, fields)
     for label, fields in evaluate._every(values.get('methods', {}))
@@ -101,6 +121,14 @@ def forks():
     yield process
 
 
+@pytest.mark.parametrize(
+  'path',
+  [
+    pytest.param(p, marks=[pytest.mark.long] * (p.stem in REPEATED))
+    for p in CONFIGS
+  ],
+  ids=lambda p: p.stem,
+)
 def test_smoke(path, tmp_path, forks):
   if path.stem == 'quickstart':
     check_command_line_and_resumed_by_the_real_engine(path, tmp_path)

@@ -129,7 +129,13 @@ def dense(context=1000):
   return hidden(make('dense'), request(context))[0]
 
 
-@pytest.mark.parametrize('name', EXACT)
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(n, marks=pytest.mark.long) if n == 'usp_contiguous' else n
+    for n in EXACT
+  ],
+)
 def test_exact_methods_agree(name):
   """Ring in all layouts = Ulysses = both in two dimensions = dense."""
   size, fields = EXACT[name]
@@ -211,7 +217,13 @@ BALANCED = {'order': 'zigzag', 'overlap': True, 'every': 2}
 
 @pytest.mark.parametrize(
   ('seq', 'fields'),
-  [(2, {}), (4, {}), (8, {}), (2, {'order': 'zigzag'}), (4, BALANCED)],
+  [
+    (2, {}),
+    pytest.param(4, {}, marks=pytest.mark.long),
+    pytest.param(8, {}, marks=pytest.mark.long),
+    pytest.param(2, {'order': 'zigzag'}, marks=pytest.mark.long),
+    (4, BALANCED),
+  ],
   ids=str,
 )
 def test_blocks_sent_forward_answer_as_gathered_ones(seq, fields):
@@ -408,9 +420,9 @@ def ring_bytes(size, group, room):
 
 @pytest.mark.parametrize(
   ('size', 'fields'),
-  [(2, {}), (4, {}), (8, {}), (4, {'shared_anchor': True})]
+  [(2, {}), long(4, {}), (8, {}), (4, {'shared_anchor': True})]
   + [long(n, {'shared_anchor': True}) for n in (2, 8)]
-  + [(2, FORWARD), (4, FORWARD | {'order': 'zigzag'}), (8, FORWARD)]
+  + [long(2, FORWARD), (4, FORWARD | {'order': 'zigzag'}), (8, FORWARD)]
   + [long(2, FORWARD | BALANCED), long(8, FORWARD | BALANCED)]
   + [long(4, FORWARD | {'shared_anchor': True}), long(4, FORWARD)],
   ids=str,
@@ -442,7 +454,8 @@ def test_bytes_of_an_all_gather(size, room):
 
 @pytest.mark.parametrize(
   ('size', 'group'),
-  [(2, 1), (4, 1), (4, 0), long(8, 4), long(8, 1), long(2, 0), long(4, 2)],
+  [(4, 1), (4, 0)]
+  + [long(*x) for x in ((8, 4), (8, 1), (2, 1), (2, 0), (4, 2))],
 )
 def test_bytes_of_ring_and_ulysses(size, group):
   text, room = program(make('ring', **{'prefill.ulysses': group}), size)
@@ -451,7 +464,9 @@ def test_bytes_of_ring_and_ulysses(size, group):
 
 
 @pytest.mark.parametrize(
-  ('size', 'fields'), [(2, {}), (4, {}), (8, {}), long(4, FORWARD)], ids=str
+  ('size', 'fields'),
+  [(8, {}), long(2, {}), long(4, {}), long(4, FORWARD)],
+  ids=str,
 )
 def test_star_sends_nothing(size, fields):
   text, _ = program(make('star', hosts=8, **fields), size)

@@ -6,13 +6,16 @@ import pytest
 
 from tests.quality import measure, records
 
+# They read prompts as apb does with nothing passed, and as streaming.
+ALIKE = ('star', 'a_shape')
 CASES = [
   pytest.param(
     label,
     name,
     id=f'{label}-{name}',
     marks=[
-      *[pytest.mark.long] * (is_long or measure.is_exact(name)),
+      *[pytest.mark.long]
+      * (is_long or measure.is_exact(name) or name in ALIKE),
       pytest.mark.xdist_group(label),
     ],
   )
