@@ -16,6 +16,7 @@ import numpy as np
 
 from experiments import torch_peers
 from kernels_pallas import block_sparse, passing_block, selected_token
+from kernels_pallas.best_in_order import best_in_order
 from kernels_pallas.keys import Pages
 
 # Llama-3-8B's heads.
@@ -518,4 +519,21 @@ def scores(tokens=128 * KIB) -> Iterator[Case]:
       rows * width * 4,
       'GB/s',
       {'ours': lambda x=x, k=k: Call(lambda s: selected_token.top_k(s, k), x)},
+    )
+  for rows, width in ((1, tokens), (1, 8192), (8, tokens)):
+    x = [(_normal(i, (rows, width), jnp.float32),) for i in range(calls)]
+
+    def run(name, x=x):
+      best = functools.partial(best_in_order, n=2048, implementation=name)
+      return Call(best, x)
+
+    yield Case(
+      'best_in_order',
+      f'{rows} x {width}, n 2048',
+      rows * width * 4,
+      'GB/s',
+      {
+        'ours': functools.partial(run, None),
+        'xla top-k and sort': functools.partial(run, 'xla'),
+      },
     )
