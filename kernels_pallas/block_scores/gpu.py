@@ -24,6 +24,7 @@ from kernels_pallas.mosaic_gpu import (
   COMPUTE_REGISTERS,
   COPY_REGISTERS,
   GROUPS,
+  MULTIPROCESSORS,
   ROW,
   ROWS,
   TILE_Q,
@@ -36,7 +37,6 @@ CLUSTER = 2
 CELLS = 256  # of a tile
 PIECE = 64  # channels of a stage: 128 bytes
 STAGES = 4
-MULTIPROCESSORS = 132
 WAVES = 6  # programs a multiprocessor, at least: the last ones leave few idle
 
 

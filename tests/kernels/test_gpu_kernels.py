@@ -15,7 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import block_sparse, passing_block, selected_token
+from kernels_pallas import (
+  block_sparse,
+  mosaic_gpu,
+  passing_block,
+  selected_token,
+)
 from kernels_pallas.block_sparse import gpu as block_sparse_gpu
 from kernels_pallas.keys import Pages
 from kernels_pallas.passing_block import gpu as passing_block_gpu
@@ -46,6 +51,23 @@ def test_block_sparse(h, group, dtype, block_k):
   got = block_sparse.block_sparse(*args, **kwargs, implementation='gpu')
   want = oracle.block_sparse(*args, **kwargs)
   oracle.assert_close(got, want, jnp.dtype(dtype).name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('group', [2, 4])
+def test_a_program_may_take_all_heads_of_a_group(group, monkeypatch):
+  """Lists of many lengths, none too; the same as with a head a program."""
+  args, kwargs = cases.block_case(
+    t=700, s=1900, kv=2, group=group, h=128, dtype=BF16, block_q=128,
+    block_k=128, width=9,
+  )  # fmt: skip
+  run = block_sparse.block_sparse
+  one = run(*args, **kwargs, implementation='gpu')
+  monkeypatch.setattr(mosaic_gpu, 'WAVES', 0)
+  for _ in range(5):
+    many = run(*args, **kwargs, implementation='gpu')
+    chex.assert_trees_all_equal(many, one)
+  oracle.assert_close(one, oracle.block_sparse(*args, **kwargs), 'bfloat16')
 
 
 def check_paged(bits, implementation):
