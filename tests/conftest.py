@@ -13,7 +13,16 @@ ROOT = pathlib.Path(__file__).parent.parent
 # Folders whose tests compile for longer than they run: XLA leaves out most
 # optimizations there, which saves a third of their time.
 COMPILING = frozenset(
-  {'cache', 'engine', 'kernels', 'methods', 'models', 'select', 'train'}
+  {
+    'cache',
+    'engine',
+    'experiments',
+    'kernels',
+    'methods',
+    'models',
+    'select',
+    'train',
+  }
 )
 
 hypothesis.settings.register_profile(
