@@ -19,6 +19,7 @@ It has no twin here: elsewhere, over several shards and for what `refuse` names,
 tested.
 """
 
+from kernels_pallas.selection_cache.copies import copied
 from kernels_pallas.selection_cache.step import (
   Context,
   Counts,
@@ -29,4 +30,13 @@ from kernels_pallas.selection_cache.step import (
   step,
 )
 
-__all__ = ['Context', 'Counts', 'Keys', 'Rules', 'Working', 'refuse', 'step']
+__all__ = [
+  'Context',
+  'Counts',
+  'Keys',
+  'Rules',
+  'Working',
+  'copied',
+  'refuse',
+  'step',
+]

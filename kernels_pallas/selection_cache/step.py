@@ -3,7 +3,7 @@
 import dataclasses
 from typing import NamedTuple
 
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Int8, Int32
 
 from kernels_pallas.best_in_order import gpu as best_in_order
 from kernels_pallas.selection_cache.lists import Counts, gathered, listed
@@ -47,13 +47,16 @@ class Keys(NamedTuple):
     starts: position of each page's first token.
     used: tokens a row holds, the step's included.
     bounds: least and largest key of each page; None where `Rules.pages` is 0.
+    copies: int8 codes of the keys and their scales, which are scored in their
+      place; None: keys are scored.
   """
 
   k: Float[Array, 'B K S H']
   v: Float[Array, 'B K S H']
   starts: Int32[Array, 'B C']
   used: Int32[Array, 'B']
-  bounds: tuple[Float[Array, 'B K C H'], Float[Array, 'B K C H']] | None
+  bounds: tuple[Float[Array, 'B K C H'], Float[Array, 'B K C H']] | None = None
+  copies: tuple[Int8[Array, 'B K S H'], Float[Array, 'B K S']] | None = None
 
 
 class Working(NamedTuple):
@@ -182,7 +185,8 @@ def step(
     least, most = keys.bounds
     promise = voted(Source(most, least))
     pages, _ = best_in_order.best(promise, rules.pages, due, **how)
-  found = voted(Source(keys.k, None, pages))
+  scored, scale = keys.copies or (keys.k, None)
+  found = voted(Source(scored, None, pages, scale))
   n = min(rules.k, found[0].shape[1])
   width = working.k.shape[2]
   tokens, counts = listed(

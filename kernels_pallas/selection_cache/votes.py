@@ -31,15 +31,17 @@ class Source(NamedTuple):
   """What is scored, in rows of a kv head: operands of a kernel, or their refs.
 
   Attributes:
-    k: [B K C H] keys; of bounds, the largest.
+    k: [B K C H] keys, or codes of them; of bounds, the largest.
     least: [B K C H] bounds' smallest keys; None: k are keys.
     pages: int32 [B m] pages of keys that are scored, ascending, NEVER behind
       them; None: all.
+    scale: float32 [B K C] by which codes are multiplied; None: k are keys.
   """
 
   k: Any
   least: Any = None
   pages: Any = None
+  scale: Any = None
 
   def given(self) -> list:
     return [x for x in self if x is not None]
@@ -77,7 +79,7 @@ class Source(NamedTuple):
         lax.broadcasted_iota(jnp.int32, shape, 1),
       ],
       mask=at < NEVER,
-      other=0.0,
+      other=jnp.zeros((), ref.dtype),
     )
 
 
@@ -154,6 +156,10 @@ def logits(
           preferred_element_type=jnp.float32,
         )
 
+      if own.scale is not None:
+        at = jnp.minimum(token, own.scale.shape[2] - 1)
+        step = plgpu.load(own.scale.at[b, head, at])
+        return product(own.k, queries) * step[:, None]
       if own.least is None:
         return product(own.k, queries)
       most = product(own.k, jnp.maximum(queries, 0))

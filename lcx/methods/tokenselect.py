@@ -303,7 +303,9 @@ class TokenSelectDecode(ReuseRules, Decode):
     voters = self.asking(asked, k.shape[2])
     fell_back = lost = jnp.zeros((q.shape[0],), jnp.float32)
     if in_place.serves(self, cache, working, voters, ctx):
-      working, due = in_place.step(self, query, voters, cache, working, ctx)
+      working, due = in_place.step(
+        self, query, voters, cache, copies, working, ctx
+      )
     else:
       due = self._due(query, working, ctx)
       working, fell_back, lost = self._served(

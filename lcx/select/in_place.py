@@ -14,6 +14,7 @@ from kernels_pallas import dispatch, selection_cache
 from lcx.cache import DenseCache
 from lcx.methods.base import Context
 from lcx.select import soft_vote
+from lcx.select.key_copies import KeyCopies
 from lcx.select.token_rules import ReuseRules
 from lcx.select.working_set import WorkingSet
 
@@ -28,19 +29,18 @@ def serves(
   """Whether `step` can take a step."""
   axes = ctx.axes
   shards = lax.axis_size(axes.seq) * lax.axis_size(axes.model)
-  compares = ctx.trace and rules.scoring == 'budget'  # with all votes
+  guesses = rules.scoring == 'budget' or rules.score_bits == 8
   return (
     dispatch.prefers('gpu')
     and shards == 1
     and isinstance(cache, DenseCache)
     and rules.positions == 'true'
     and rules.scoring != 'pruned'
-    and rules.score_bits == 16
     and rules.pool == 1
-    and not compares
+    and not (ctx.trace and guesses)  # that compares with all votes
     and selection_cache.refuse(
       working.query.shape[1],
-      _keys(cache, rules),
+      _keys(cache, None, rules),
       working.k.shape[2],
       _static(rules, cache),
       voters.q.shape[1],
@@ -54,6 +54,7 @@ def step(
   query: Float[Array, 'B N H'],
   voters: soft_vote.Voters,
   cache: DenseCache,
+  copies: KeyCopies | None,
   working: WorkingSet,
   ctx: Context,
 ) -> tuple[WorkingSet, Bool[Array, 'B']]:
@@ -64,6 +65,7 @@ def step(
     query: pooled and unrotated.
     voters: the queries that vote, in the frame of the cache's keys.
     cache: of this layer, the new tokens in it.
+    copies: of its keys, which are scored in their place; None: themselves.
     working: that served until now.
     ctx: the context.
   """
@@ -72,7 +74,7 @@ def step(
     query,
     voters.q,
     voters.weight,
-    _keys(cache, rules),
+    _keys(cache, copies, rules),
     selection_cache.Working(
       working.query,
       working.k,
@@ -88,10 +90,16 @@ def step(
   return working, due
 
 
-def _keys(cache: DenseCache, rules: ReuseRules) -> selection_cache.Keys:
-  bounds = None if rules.scoring == 'full' else cache.bounds()
+def _keys(
+  cache: DenseCache, copies: KeyCopies | None, rules: ReuseRules
+) -> selection_cache.Keys:
   return selection_cache.Keys(
-    cache.k, cache.v, cache.starts, cache.used, bounds
+    cache.k,
+    cache.v,
+    cache.starts,
+    cache.used,
+    None if rules.scoring == 'full' else cache.bounds(),
+    None if copies is None else (copies.codes, copies.scale),
   )
 
 

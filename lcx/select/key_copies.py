@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, Int32
 
+from kernels_pallas import dispatch, selection_cache
 from kernels_pallas.keys import NEVER
 from kernels_pallas.selected_token import token_scores
+from lcx.cache import DenseCache
 from lcx.cache.quantise import quantise
 from lcx.select import working_set
 
@@ -38,6 +40,10 @@ class KeyCopies:
 
   def refreshed(self, cache, last: int) -> Self:
     """With the cache's `last` newest tokens, which may be new, copied again."""
+    if last == 1 and isinstance(cache, DenseCache) and dispatch.prefers('gpu'):
+      return type(self)(
+        *selection_cache.copied(self.codes, self.scale, cache.k, cache.used)
+      )
     token = cache.used[:, None] - last + jnp.arange(last, dtype=jnp.int32)
     keys, _ = working_set.gather(cache, jnp.maximum(token, 0), jnp.float32)
     new = KeyCopies.of(keys)

@@ -1,5 +1,6 @@
 """TokenSelect's decode in launches of its own does what array operations do."""
 
+import functools
 import types
 
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from lcx.cache import CacheShape, Dense
 from lcx.methods.tokenselect import TokenSelectDecode
 from lcx.models.presets import PRESETS
 from lcx.models.transformer import make_rope
-from lcx.select import in_place
+from lcx.select import in_place, key_copies
 from tests.methods.test_tokenselect import alone, context
 
 ROWS, HEADS, KV_HEADS, DIM = 3, 6, 2, 64
@@ -33,6 +34,11 @@ WAYS = {
   ),
   'sums': ({'vote': 'top_k', 'heads': 'energy', 'k': 300}, {}),
   'budget': ({'scoring': 'budget', 'scored': 64}, {'page': 8, 'stats': True}),
+  'copies': ({'score_bits': 8}, {}),
+  'budget of copies': (
+    {'score_bits': 8, 'scoring': 'budget', 'scored': 64},
+    {'page': 8, 'stats': True},
+  ),
   'budget of sums': (
     {'scoring': 'budget', 'scored': 40, 'vote': 'top_k'},
     {'page': 8, 'stats': True},
@@ -50,7 +56,7 @@ def draw(seed, tokens):
 
 
 def decoded(part, config):
-  """(output, valid, working set) of each step."""
+  """(output, valid, state) of each step."""
   lengths = jnp.asarray(PROMPT)
   room = max(PROMPT)
 
@@ -80,7 +86,7 @@ def decoded(part, config):
     q = query + 0.05 * q
     out, cache, state = step(q, k, v, cache, state, lengths, count)
     lengths += count
-    yield out, jnp.arange(tokens) < count[:, None], state.working
+    yield out, jnp.arange(tokens) < count[:, None], state
 
 
 def check(part, config):
@@ -94,7 +100,11 @@ def check(part, config):
     np.testing.assert_allclose(
       np.asarray(got[0])[valid], np.asarray(want[0])[valid], atol=1e-4
     )
-    mine, theirs = got[2], want[2]
+    mine, theirs = got[2].copies, want[2].copies
+    if mine is not None:
+      keys = [x.codes * x.scale[..., None] for x in (mine, theirs)]
+      np.testing.assert_allclose(*keys, atol=1e-5)
+    mine, theirs = got[2].working, want[2].working
     for name in ('held', 'chosen', 'until', 'age'):
       np.testing.assert_array_equal(getattr(mine, name), getattr(theirs, name))
     for row, held in enumerate(np.asarray(mine.held)):
@@ -110,7 +120,7 @@ def check(part, config):
   'name',
   [
     name
-    if name in ('full', 'budget')
+    if name in ('full', 'budget of copies')
     else pytest.param(name, marks=pytest.mark.long)
     for name in WAYS
   ],
@@ -132,6 +142,14 @@ def test_interpreted(name, monkeypatch):
     in_place,
     'selection_cache',
     types.SimpleNamespace(**vars(selection_cache) | {'step': interpreted}),
+  )
+  monkeypatch.setattr(key_copies, 'dispatch', in_place.dispatch)
+  monkeypatch.setattr(
+    key_copies,
+    'selection_cache',
+    types.SimpleNamespace(
+      copied=functools.partial(selection_cache.copied, interpret=True)
+    ),
   )
   judge(fields, cache)
   assert calls
