@@ -2,8 +2,8 @@
 
 Wu et al., arXiv:2411.02886, algorithm 1: a row whose query has turned selects
 anew, the others take the new token behind their list. As plain array operations
-it is a `cond` in front of some twenty small kernels, which alone costs a step
-on a GPU as much as a dozen launches. Here it is a fixed chain, in place:
+it is a conditional in front of some twenty small kernels. Here it is a fixed
+chain, in place:
 
   turn      who selects, and among which tokens; the query that it is for
   logits    of candidates, and what their softmax needs, tile by tile
@@ -11,8 +11,9 @@ on a GPU as much as a dozen launches. Here it is a fixed chain, in place:
   list      the best, in order, with the ends of the context; what was counted
   gather    keys and values of the list, or the new token
 
-in which all but the first and the last end at once where nobody selects. With
-page bounds, three launches more choose the pages whose tokens are candidates.
+Where nobody selects, `logits`, `votes` and what narrows many of them end at
+once. With page bounds, launches of the same kinds first choose the pages whose
+tokens are candidates.
 
 It has no twin here: elsewhere, over several shards and for what `refuse` names,
 `lcx.methods.tokenselect` says the same in array operations, against which it is
