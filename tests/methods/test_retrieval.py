@@ -93,6 +93,12 @@ def clusters():
   return methods.get_method('retrieval_cluster', **SMALL['retrieval_cluster'])
 
 
+@pytest.mark.parametrize(
+  'small',
+  # test_sharded_full_budget_is_dense says it of clusters on 8 devices.
+  ['retrieval', pytest.param('retrieval_cluster', marks=pytest.mark.long)],
+  indirect=True,
+)
 def test_all_tokens_retrieved_is_dense(small):
   method = small.at_full_budget(CAPACITY)
   tokens, scores, session = answer(make_engine(method), [prompt(1)])
