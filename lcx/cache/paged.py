@@ -6,6 +6,7 @@ from typing import Any, Self
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas.block_sparse import EVERYTHING
 from kernels_pallas.keys import NEVER, Pages
 from lcx.cache.base import ROWS, CacheShape, split
 from lcx.cache.paged_cache import PagedCache
@@ -175,6 +176,8 @@ class Paged:
       shared=jnp.zeros((rows * model,), jnp.int32),
       status=jnp.zeros((rows,), jnp.int32),
       ring=jnp.asarray(ring),
+      first=jnp.asarray(np.where(ring, self.sink, 0), jnp.int32),
+      last=jnp.asarray(np.where(ring, self.recent, EVERYTHING), jnp.int32),
       vacancy=Vacancy.all_free(pool_pages, shards),
       stats=kind
       and kind.zeros(
@@ -202,6 +205,8 @@ class Paged:
       shared=pool,
       status=ROWS,
       ring=split('model'),
+      first=split('model'),
+      last=split('model'),
       vacancy=Vacancy(pool, pool),
       stats=kind and kind(heads, heads),
       config=self,

@@ -25,7 +25,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from kernels_pallas import append_token
-from kernels_pallas.block_sparse import EVERYTHING
 from kernels_pallas.keys import NEVER, Pages, dequantise
 from kernels_pallas.page_choice import scored_heads
 from lcx.cache.base import (
@@ -74,6 +73,9 @@ class PagedCache:
       multiple of the page.
     status: int32 [B] a `Status` a row.
     ring: bool [K] which kv heads are ring heads. Data: layers compile once.
+    first: int32 [K] first tokens that a kv head's queries see: a ring's sink.
+    last: int32 [K] last tokens that they see, a query's own included. Both
+      follow from `ring`, but would be a launch of every decode step.
     vacancy: free pages.
     stats: statistics of full heads' keys per logical page, or None.
     config: its numbers (static).
@@ -87,6 +89,8 @@ class PagedCache:
   shared: Int32[Array, 'B']
   status: Int32[Array, 'B']
   ring: Bool[Array, 'K']
+  first: Int32[Array, 'K']
+  last: Int32[Array, 'K']
   vacancy: Vacancy
   stats: Stats | None
   config: 'Paged' = dataclasses.field(metadata={'static': True})
@@ -342,9 +346,7 @@ class PagedCache:
 
   def visible(self) -> tuple[Int32[Array, 'K'], Int32[Array, 'K']]:
     """(sink, window) per kv head: what a ring head's queries may see."""
-    sink = jnp.where(self.ring, self.config.sink, 0)
-    recent = jnp.where(self.ring, self.config.recent, EVERYTHING)
-    return sink.astype(jnp.int32), recent.astype(jnp.int32)
+    return self.first, self.last
 
   def bounds(self) -> tuple[Float[Array, 'B h C H'], Float[Array, 'B h C H']]:
     """(kmin, kmax) per logical page of the h full heads (`stats_heads`).
@@ -386,7 +388,7 @@ class PagedCache:
       'stats': size_of(self.stats),
       'tables': size_of(
         *(self.table, self.starts, self.used, self.peak, self.shared),
-        *(self.status, self.ring, self.vacancy),
+        *(self.status, self.ring, self.first, self.last, self.vacancy),
       ),
     }
 
