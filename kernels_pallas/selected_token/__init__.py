@@ -12,6 +12,8 @@ A selected token costs 4 T G H FLOPs and 2 H * bits / 8 bytes (+ 8 for int8's,
 16 for int4's scales and zeros): decoding is bound by bytes.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax.experimental import checkify
 from jaxtyping import Array, Float, Int32
@@ -20,6 +22,7 @@ from kernels_pallas import dispatch
 from kernels_pallas.block_sparse import check_pages
 from kernels_pallas.keys import Pages
 from kernels_pallas.partial import Partial
+from kernels_pallas.selected_token.rows import row_lists
 from kernels_pallas.selected_token.scores import (
   page_scores,
   soft_vote,
@@ -29,6 +32,7 @@ from kernels_pallas.selected_token.scores import (
 
 __all__ = [
   'MAX_QUERIES',
+  'attend_contiguous',
   'attend_pages',
   'attend_tokens',
   'contiguous',
@@ -71,6 +75,7 @@ def attend_pages(
   sink: Int32[Array, 'K'] | None = None,
   window: Int32[Array, 'K'] | None = None,
   scale: float | None = None,
+  out_dtype: Any = jnp.float32,
   block_sizes: dict[str, int] | None = None,
   implementation: str | None = None,
 ) -> Partial:
@@ -86,12 +91,13 @@ def attend_pages(
       `window`. None: all keys up to the query.
     window: per kv head, last tokens that a query sees, itself included.
     scale: of the scores; None: H**-0.5.
+    out_dtype: of the output; parts that are merged later stay float32.
     block_sizes: explicit sizes of the implementation; None: tuned or default.
     implementation: 'reference', 'xla', 'gpu', 'tpu', or None.
 
   Returns:
-    Partial(out [B T N H] float32, lse [B T N] float32); an empty list gives
-    out 0, lse -inf.
+    Partial(out [B T N H], lse [B T N] float32); an empty list gives out 0, lse
+    -inf.
 
   Raises:
     ValueError: an argument does not fit; the message names it. Values are
@@ -105,7 +111,69 @@ def attend_pages(
     jnp.all(ids < pages.k.shape[0]), 'ids must be below the pool size'
   )
   return _run(
-    'attend_pages', implementation, block_sizes, q, pages, ids, starts, **kwargs
+    'attend_pages',
+    implementation,
+    q,
+    pages,
+    ids,
+    starts,
+    **kwargs,
+    block_sizes=block_sizes,
+    out_dtype=jnp.dtype(out_dtype),
+  )
+
+
+def attend_contiguous(
+  q: Float[Array, 'B T N H'],
+  pages: Pages,
+  starts: Int32[Array, 'B W'],
+  used: Int32[Array, 'B'],
+  *,
+  q_positions: Int32[Array, 'B T'],
+  sink: Int32[Array, 'K'] | None = None,
+  window: Int32[Array, 'K'] | None = None,
+  scale: float | None = None,
+  out_dtype: Any = jnp.float32,
+  block_sizes: dict[str, int] | None = None,
+  implementation: str | None = None,
+) -> Partial:
+  """`attend_pages` over all of a contiguous cache, without lists.
+
+  Args:
+    q: rotated queries, T <= 16.
+    pages: the cache [B K S H] as a pool [B*K*W page H], W = S / page.
+    starts: position of each page's first token; above the queries' where a page
+      holds no token.
+    used: tokens that each row holds, page after page.
+    q_positions: as in `attend_pages`, like all that follow.
+    sink: see there.
+    window: see there.
+    scale: see there.
+    out_dtype: see there.
+    block_sizes: see there.
+    implementation: see there.
+
+  Returns:
+    Partial(out [B T N H], lse [B T N] float32).
+
+  Raises:
+    ValueError: an argument does not fit; the message names it.
+    NotImplementedError: on differentiation.
+  """
+  ids, listed = row_lists(pages, starts, used)  # as shapes alone
+  kwargs = _prepare(
+    q, pages, ids, 'starts', listed, q_positions, sink, window, scale
+  )
+  return _run(
+    'attend_contiguous',
+    implementation,
+    q,
+    pages,
+    starts,
+    used,
+    **kwargs,
+    block_sizes=block_sizes,
+    out_dtype=jnp.dtype(out_dtype),
   )
 
 
@@ -153,17 +221,19 @@ def attend_tokens(
   return _run(
     'attend_tokens',
     implementation,
-    block_sizes,
     q,
     pages,
     rows,
     positions,
     **kwargs,
+    block_sizes=block_sizes,
   )
 
 
-def _run(function, implementation, block_sizes, *arrays, scale, **named):
-  static = {'scale': scale, 'block_sizes': block_sizes}
+def _run(
+  function, implementation, *arrays, q_positions, sink, window, **static
+):
+  named = {'q_positions': q_positions, 'sink': sink, 'window': window}
   run = dispatch.choose(
     implementation, 'selected_token', function, *arrays, **named, **static
   )

@@ -1,17 +1,7 @@
 """selected_token on Hopper: Pallas Mosaic GPU.
 
-A program attends the queries of one kv head over one split of its page list:
-one warpgroup that keeps a ring of TMA copies in flight ahead of itself. The 64
-rows of a wgmma are keys (of the scores), then channels (of the output); the
-queries, T * G of them, are its columns, of which it takes any multiple of 8. So
-the softmax is of T * G numbers a key and not of 64. Splits are merged by XLA.
-
-Codes of quantised keys are multiplied as they are, as 8-bit integers: a query
-is two of them, coarse and fine (`two_codes`), columns side by side. Codes of
-values are spread to bfloat16 in shared memory. Scales and zeros multiply the
-scores and the weights, not the keys and values:
-  q . k = k_scale * (q . code - k_zero * sum(q))
-  sum_s p v = sum_s (p v_scale) code - sum_s p v_scale v_zero
+Lists are cut into splits, one program each (`decode.py`), whose results are
+merged by one launch more (`merge.py`).
 """
 
 import dataclasses
@@ -19,29 +9,18 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
 from kernels_pallas import dispatch, mosaic_gpu
 from kernels_pallas.keys import Pages
-from kernels_pallas.mosaic_gpu import LOG2E, tiled
 from kernels_pallas.partial import Partial, merge_axis
-from kernels_pallas.selected_token.codes import (
-  FINE,
-  SPREAD4,
-  spread4,
-  spread8,
-  two_codes,
-)
+from kernels_pallas.selected_token.decode import UNUSED, decode
 from kernels_pallas.selected_token.merge import merge_splits
+from kernels_pallas.selected_token.rows import kv_heads
 
-KEY = plgpu.Layout.WGMMA.reduce(1)  # one number a key
-QUERY = plgpu.Layout.WGMMA.reduce(0)  # one number a query
 # Of a program, by bits, and half of it for head dims above 128: with more its
 # registers would not suffice.
 MOST_QUERIES = {16: 64, 8: 32, 4: 32}
-UNUSED = 2**30  # a page that starts there is never visible
 # Programs for each of 132 multiprocessors, and the shared memory that they
 # divide (of 228 KiB). Reading 16-bit pages is bound by bytes: one program with
 # a deep ring suffices. Codes cost instructions: two programs hide each other's
@@ -75,9 +54,6 @@ class DecodeSizes:
 
 
 GATHERED = 128  # tokens of a page that `attend_tokens` gathers: whole tiles
-# What a tile brings along: with the keys, and with the values.
-K_PARTS = {'k', 'k_scale', 'k_zero', 'position'}
-V_PARTS = {'v', 'v_scale', 'v_zero'}
 
 
 def refuse(function: str, q, pages: Pages, *_, **__) -> str | None:
@@ -112,6 +88,7 @@ def attend_pages(
   sink: Int32[Array, 'K'] | None = None,
   window: Int32[Array, 'K'] | None = None,
   scale: float,
+  out_dtype=jnp.float32,
   block_sizes: dict[str, int] | None = None,
 ) -> Partial:
   """`kernels_pallas.selected_token.attend_pages` on a Hopper GPU.
@@ -121,20 +98,66 @@ def attend_pages(
   """
   if reason := refuse('attend_pages', q, pages):
     raise NotImplementedError(reason)
-  kind = jax.devices()[0].device_kind
-  tuned = dispatch.tuned('attend_pages', kind, f'bits{pages.bits}')
   return _attend(
     q,
     pages,
     ids,
     starts,
     None,
+    None,
     q_positions,
     sink,
     window,
     scale,
-    dataclasses.replace(DecodeSizes(), **{**tuned, **(block_sizes or {})}),
+    _sizes(pages, block_sizes),
+    out_dtype,
   )
+
+
+def attend_contiguous(
+  q: Float[Array, 'B T N H'],
+  pages: Pages,
+  starts: Int32[Array, 'B W'],
+  used: Int32[Array, 'B'],
+  *,
+  q_positions: Int32[Array, 'B T'],
+  sink: Int32[Array, 'K'] | None = None,
+  window: Int32[Array, 'K'] | None = None,
+  scale: float,
+  out_dtype=jnp.float32,
+  block_sizes: dict[str, int] | None = None,
+) -> Partial:
+  """`kernels_pallas.selected_token.attend_contiguous` on a Hopper GPU.
+
+  Programs count a row's pages themselves, so no launch before them writes a
+  list.
+
+  Raises:
+    NotImplementedError: with the reason, where the kernel does not apply.
+  """
+  if reason := refuse('attend_pages', q, pages):
+    raise NotImplementedError(reason)
+  return _attend(
+    q,
+    pages,
+    None,
+    starts[:, None],
+    used,
+    None,
+    q_positions,
+    sink,
+    window,
+    scale,
+    _sizes(pages, block_sizes),
+    out_dtype,
+  )
+
+
+def _sizes(pages: Pages, block_sizes) -> DecodeSizes:
+  """Explicit sizes over tuned ones over defaults."""
+  kind = jax.devices()[0].device_kind
+  tuned = dispatch.tuned('attend_pages', kind, f'bits{pages.bits}')
+  return dataclasses.replace(DecodeSizes(), **{**tuned, **(block_sizes or {})})
 
 
 def attend_tokens(
@@ -177,21 +200,27 @@ def attend_tokens(
     jax.tree.map(gather, pages),
     ids,
     jnp.zeros_like(ids),
+    None,
     positions.reshape(-1, GATHERED),
     q_positions,
     sink,
     window,
     scale,
     dataclasses.replace(DecodeSizes(), **(block_sizes or {})),
+    jnp.float32,
   )
 
 
 def _attend(
-  q, pages, ids, starts, positions, q_positions, sink, window, scale, sizes
-):
-  """Splits the lists over programs and merges what they return."""
+  q, pages, ids, starts, used, positions, q_positions, sink, window, scale,
+  sizes, out_dtype,
+):  # fmt: skip
+  """Splits the lists over programs and merges what they return.
+
+  A contiguous cache has no ids, starts [B 1 W] and used tokens [B].
+  """
   b, t, n, h = q.shape
-  kv = ids.shape[1]
+  kv = kv_heads(pages, starts[:, 0]) if ids is None else ids.shape[1]
   group = n // kv
   # Rows: the queries of one kv head, padded to whole wgmmas.
   rows = q.reshape(b, t, kv, group, h).transpose(0, 2, 1, 3, 4)
@@ -206,24 +235,27 @@ def _attend(
   splits = sizes.splits or max(1, programs // (b * kv * blocks))
   keys = sizes.keys
   if not keys:
-    length = ids.shape[2] * pages.page
+    length = starts.shape[2] * pages.page
     deep = length > 128 * splits * LONG_SPLIT
     deep &= h <= 128 and wide <= 16  # else registers do not suffice
     keys = 128 if deep else 64
   # The list, padded to whole tiles of pages to skip.
-  ids = mosaic_gpu.pad_to(ids + 1, 2, max(keys // pages.page, 1)) - 1
-  starts = mosaic_gpu.pad_to(starts, 2, max(keys // pages.page, 1))
-  tiles = ids.shape[2] * pages.page // keys
+  joined = max(keys // pages.page, 1)
+  if ids is not None:
+    ids = mosaic_gpu.pad_to(ids + 1, 2, joined) - 1
+    starts = mosaic_gpu.pad_to(starts, 2, joined)
+  elif starts.shape[2] % joined:
+    starts = mosaic_gpu.pad_to(starts - UNUSED, 2, joined) + UNUSED
+  tiles = starts.shape[2] * pages.page // keys
   if sink is not None and not sizes.splits and tiles > splits * LONG_SPLIT:
     # The programs of streaming heads end at once: with twice as many, those of
     # the other heads still fill the chip.
     splits *= 2
   splits = min(splits, tiles)
-  used = None
-  if tiles > splits * LONG_SPLIT:
+  if ids is not None and tiles > splits * LONG_SPLIT:
     place = jnp.arange(1, ids.shape[2] + 1, dtype=jnp.int32)
     used = jnp.max(jnp.where(ids >= 0, place, 0), axis=-1)
-  out, lse = _decode(
+  out, lse = decode(
     rows,
     pages,
     ids,
@@ -243,8 +275,10 @@ def _attend(
   out, lse = lax.platform_dependent(
     out,
     lse,
-    cuda=lambda out, lse: merge_splits(out, lse, t * group),
-    default=lambda out, lse: _merge(out, lse, t * group),
+    cuda=lambda out, lse: merge_splits(
+      out, lse, t * group, out_dtype=out_dtype
+    ),
+    default=lambda out, lse: _merge(out, lse, t * group, out_dtype),
   )
   if pages.bits == 4:
     # Step i of `spread4` takes the channels i and i + 4 of every 8.
@@ -254,9 +288,10 @@ def _attend(
   return Partial(out.reshape(b, t, n, h), lse.reshape(b, t, n))
 
 
-def _merge(out, lse, queries: int) -> Partial:
+def _merge(out, lse, queries: int, out_dtype) -> Partial:
   part = merge_axis(Partial(out.swapaxes(-1, -2), lse), axis=2)
-  return Partial(part.out[:, :, :queries], part.lse[:, :, :queries])
+  out = part.out[:, :, :queries].astype(out_dtype)
+  return Partial(out, part.lse[:, :, :queries])
 
 
 def _default_stages(h: int, pages: Pages, keys: int, wide: int) -> int:
@@ -267,330 +302,3 @@ def _default_stages(h: int, pages: Pages, keys: int, wide: int) -> int:
   stage = keys * h * pages.bits // 4 + scales
   room = SHARED_BYTES // PROGRAMS[pages.bits] - fixed
   return int(max(2, min(8, room // stage)))
-
-
-def _decode(
-  rows,
-  pages,
-  ids,
-  starts,
-  used,
-  positions,
-  q_positions,
-  sink,
-  window,
-  *,
-  group,
-  scale,
-  splits,
-  keys,
-  wide,
-  stages,
-):
-  """Partials of every split.
-
-  Args:
-    rows: [B K R H] queries, T * G padded to whole groups of 8.
-    pages: the pool.
-    ids: int32 [B K W], W * page a multiple of `keys`; -1: skipped.
-    starts: int32 [B K W].
-    used: int32 [B K] entries of each list, or None: all.
-    positions: int32 [P page] of single tokens, or None: starts + slot.
-    q_positions: int32 [B T].
-    sink: int32 [K] or None.
-    window: int32 [K] or None.
-    group: query heads a kv head.
-    scale: of the scores.
-    splits: programs a (row, kv head, block of queries).
-    keys: of a tile.
-    wide: queries of a program, a multiple of 8.
-    stages: tiles in flight.
-
-  Returns:
-    out [B K splits H Rp] float32, lse [B K splits Rp] float32, Rp >= R.
-  """
-  b, kv, r, h = rows.shape
-  dtype = rows.dtype
-  blocks = -(-r // wide)
-  factor = scale * LOG2E
-  bits = pages.bits
-  parts = 1 if bits == 16 else 2  # columns of a query
-  page = pages.page
-  joined = max(keys // page, 1)  # pages of a tile
-  cut = max(page // keys, 1)  # tiles of a page
-  span = min(page, keys)  # keys of one copy
-  pool = {x.name: getattr(pages, x.name) for x in dataclasses.fields(pages)}
-  pool['position'] = positions
-  pool = {name: x for name, x in pool.items() if x is not None}
-  queries = q_positions.shape[1]
-  operands = {'q': rows, 'ids': ids, 'starts': starts, 'at': q_positions}
-  operands |= {'used': used, 'sink': sink, 'window': window}
-  if bits < 16:
-    codes, step, q_sum = two_codes(rows, bits, wide)
-    operands |= {'q': codes, 'q_step': step, 'q_sum': q_sum}
-  operands = {name: x for name, x in operands.items() if x is not None}
-
-  def kernel(*refs):
-    given = dict(zip([*operands, *pool], refs))
-    out_ref, lse_ref, barriers, memory = refs[-4:]
-    (q_smem, p_smem, step_smem, sum_smem, ring, spread), words, last = memory
-    out_smem, lse_smem = last
-    if bits == 4:
-      *_, word_ring, word_spread = words
-    b_at = lax.axis_index('batch')
-    head = lax.div(lax.axis_index('heads'), jnp.int32(blocks))
-    block = lax.rem(lax.axis_index('heads'), jnp.int32(blocks))
-    split = lax.axis_index('splits')
-    q_full, k_full, v_full = barriers
-
-    n_used = jnp.int32(ids.shape[2] * page // keys)
-    if used is not None:
-      # In whole tiles.
-      tokens = given['used'][b_at, head] * page
-      n_used = lax.div(tokens + (keys - 1), jnp.int32(keys))
-    begin = lax.div(split * n_used, jnp.int32(splits))
-    end = lax.div((split + 1) * n_used, jnp.int32(splits))
-    count = end - begin
-
-    def pages_of(tile, name):
-      """The list's entries of one tile."""
-      ref = given[name]
-      if cut > 1:
-        return [ref[b_at, head, lax.div(tile, jnp.int32(cut))]]
-      return [ref[b_at, head, tile * joined + i] for i in range(joined)]
-
-    def copy(tile, ids_now, slot, names, barrier):
-      # A skipped page is read as page 0, and masked.
-      offset = lax.rem(tile, jnp.int32(cut)) * keys if cut > 1 else 0
-      for i, id_now in enumerate(ids_now):
-        source = (jnp.maximum(id_now, 0), pl.ds(offset, span))
-        target = (slot, pl.ds(i * span, span))
-        for name in names & pool.keys():
-          plgpu.copy_gmem_to_smem(
-            given[name].at[source],
-            ring[name].at[target],
-            barrier.at[slot],
-          )
-
-    for s in range(stages):
-
-      @pl.when(s < count)
-      def _(s=s):
-        ids_now = pages_of(begin + s, 'ids')
-        copy(begin + s, ids_now, s, K_PARTS, k_full)
-        copy(begin + s, ids_now, s, V_PARTS, v_full)
-
-    mine = pl.ds(block * wide, wide)
-    columns = pl.ds(block * wide * parts, wide * parts)
-    plgpu.copy_gmem_to_smem(given['q'].at[b_at, head, columns], q_smem, q_full)
-    for name, target in (('q_step', step_smem), ('q_sum', sum_smem)):
-      if name in given:
-        source = given[name].at[b_at, head, mine]
-        plgpu.copy_gmem_to_smem(source, target, q_full)
-    # Position of each query; those past the last are dropped in the end.
-    number = block * wide + plgpu.broadcasted_iota(
-      jnp.int32, (wide,), 0, layout=QUERY
-    )
-    # From the queries' numbers even for one: on a constant the compiler's
-    # search for layouts takes minutes.
-    p_query = number
-    for i in range(queries):
-      p_query = jnp.where(number >= i * group, given['at'][b_at, i], p_query)
-    if sink is not None:
-      sink_now, window_now = given['sink'][head], given['window'][head]
-    plgpu.barrier_wait(q_full)
-    if bits < 16:
-      q_step = plgpu.load(step_smem, layout=QUERY)
-    if bits == 4:
-      q_sum = plgpu.load(sum_smem, layout=QUERY)
-
-    def of_keys(x):
-      return lax.broadcast_in_dim(x, (keys, wide), (0,))
-
-    def of_queries(x, n=keys):
-      return lax.broadcast_in_dim(x, (n, wide), (1,))
-
-    def mask(scores, starts_now, offset, slot):
-      row = plgpu.broadcasted_iota(
-        jnp.int32, scores.shape, 0, layout=plgpu.Layout.WGMMA
-      )
-      if positions is not None:
-        s = of_keys(plgpu.load(ring['position'].at[slot], layout=KEY))
-      else:
-        s = starts_now[0] + offset + row
-        for i in range(1, joined):
-          start = starts_now[i] - i * span
-          s = jnp.where(row >= i * span, start + row, s)
-      p = of_queries(p_query)
-      seen = s <= p
-      if sink is not None:
-        seen &= (s < sink_now) | (s > p - window_now)
-      return jnp.where(seen, scores, -jnp.inf)
-
-    def step(e, carry):
-      acc, top, total, offsets = carry
-      tile = begin + e
-      slot = lax.rem(e, jnp.int32(stages))
-      # Scalars first: their latency hides behind the wait for the keys.
-      entries = zip(pages_of(tile, 'ids'), pages_of(tile, 'starts'))
-      starts_now = [jnp.where(i < 0, UNUSED, start) for i, start in entries]
-      ahead = jnp.minimum(e + stages, count - 1)
-      ids_next = pages_of(begin + ahead, 'ids')
-      offset = lax.rem(tile, jnp.int32(cut)) * keys if cut > 1 else 0
-
-      def refill(names, barrier):
-        @pl.when(e + stages < count)
-        def _():
-          copy(begin + ahead, ids_next, slot, names, barrier)
-
-      plgpu.barrier_wait(k_full.at[slot])
-      key_tile = ring['k'].at[slot]
-      if bits == 4:
-        spread8(word_ring['k'].at[slot], word_spread['k'])
-        key_tile = spread['k']
-        plgpu.commit_smem()
-
-      def compute_scores(s_ref):
-        plgpu.wgmma(s_ref, key_tile, q_smem.transpose((1, 0)))
-        return s_ref[...]
-
-      product = jnp.float32 if bits == 16 else jnp.int32
-      scores = pl.run_scoped(
-        compute_scores, plgpu.ACC((keys, wide * parts), product)
-      )
-      if bits < 16:
-        coarse, fine = scores[:, :wide], scores[:, wide:]
-        scores = coarse.astype(jnp.float32)
-        scores += fine.astype(jnp.float32) * (1 / FINE)
-        scores *= of_queries(q_step)
-        if bits == 4:
-          k_zero = of_keys(plgpu.load(ring['k_zero'].at[slot], layout=KEY))
-          scores -= k_zero * of_queries(q_sum)
-        scores *= of_keys(plgpu.load(ring['k_scale'].at[slot], layout=KEY))
-      scores = mask(scores, starts_now, offset, slot)
-      new_top = jnp.maximum(top, scores.max(axis=0) * factor)
-      # Nothing seen: subtract 0, so that exp2(-inf - -inf) is no NaN.
-      base = jnp.where(new_top == -jnp.inf, 0.0, new_top)
-      p = jnp.exp2(scores * factor - of_queries(base))
-      decay = jnp.exp2(top - base)
-      # Sums stay with the keys' rows until the end: no exchange of threads.
-      total = total * of_queries(decay) + p
-      acc *= of_queries(decay, h)
-      plgpu.barrier_wait(v_full.at[slot])
-      if bits < 16:
-        p *= of_keys(plgpu.load(ring['v_scale'].at[slot], layout=KEY))
-      weights = p.astype(dtype)
-      if bits == 4:
-        # The rounded weights, so that the zeros cancel exactly what the codes'
-        # offsets entered. (A split in float32 would be cheaper, but contracts
-        # to the unrounded weights.)
-        v_zero = of_keys(plgpu.load(ring['v_zero'].at[slot], layout=KEY))
-        moved = weights.astype(jnp.float32) * (v_zero + SPREAD4)
-        offsets = offsets * of_queries(decay) + moved
-      p_smem.transpose((1, 0))[...] = weights
-      values = ring['v'].at[slot] if bits == 16 else spread['v']
-      if bits == 8:
-        codes = plgpu.load(
-          ring['v'].at[slot], layout=plgpu.Layout.WGMMA_UPCAST_2X
-        )
-        values[...] = codes.astype(dtype)
-      elif bits == 4:
-        spread4(word_ring['v'].at[slot], word_spread['v'])
-      plgpu.commit_smem()
-      refill(K_PARTS, k_full)
-
-      def add_values(acc_ref):
-        plgpu.wgmma(acc_ref, values.transpose((1, 0)), p_smem.transpose((1, 0)))
-
-      acc = pl.run_state(add_values)(plgpu.ACC.init(acc))
-      plgpu.commit_smem()
-      refill(V_PARTS, v_full)
-      return acc, new_top, total, offsets
-
-    def zeros(n):
-      return plgpu.layout_cast(
-        jnp.zeros((n, wide), jnp.float32), plgpu.Layout.WGMMA
-      )
-
-    top = plgpu.layout_cast(jnp.full((wide,), -jnp.inf, jnp.float32), QUERY)
-    acc, top, total, offsets = lax.fori_loop(
-      0, count, step, (zeros(h), top, zeros(keys), zeros(keys))
-    )
-    total = total.sum(axis=0)
-    if bits == 4:
-      acc -= of_queries(offsets.sum(axis=0), h)
-
-    seen = total > 0.0
-    safe = jnp.where(seen, total, 1.0)
-    out_smem[...] = acc * of_queries(1.0 / safe, h)
-    lse_smem[...] = jnp.where(
-      seen, (top + jnp.log2(safe)) * (1.0 / LOG2E), -jnp.inf
-    )
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(out_smem, out_ref.at[b_at, head, split, :, mine])
-    plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[b_at, head, split, mine])
-    plgpu.wait_smem_to_gmem(0)
-
-  def stage(x, as_words=False):
-    if x.ndim == 2:
-      return plgpu.SMEM((stages, keys), x.dtype)
-    if as_words:
-      return tiled((stages, keys, x.shape[2] // 4), jnp.int32)
-    return tiled((stages, keys, x.shape[2]), x.dtype)
-
-  # Each step of `spread4` and `spread8` writes one swizzled row: h / 4
-  # bfloat16 numbers, h / 2 integers.
-  swizzle = h // 2 if bits == 4 else 128
-  kind = operands['q'].dtype
-  fixed = (
-    tiled((wide * parts, h), kind, swizzle),
-    tiled((wide, keys), dtype, swizzle),
-    plgpu.SMEM((wide,), jnp.float32),
-    plgpu.SMEM((wide,), jnp.float32),
-  )
-  # Spread in shared memory: of int8 pages values, of int4 pages both, which
-  # are written as words.
-  spreads = {'v': ((keys, h), dtype)} if bits < 16 else {}
-  spread_words = {'v': ((keys, h // 2), jnp.int32)}
-  if bits == 4:
-    spreads['k'] = (keys, h), jnp.int8
-    spread_words['k'] = (keys, h // 4), jnp.int32
-  numbers = (
-    *fixed,
-    {name: stage(x) for name, x in pool.items()},
-    {name: tiled(*of, swizzle) for name, of in spreads.items()},
-  )
-  words = (
-    *fixed,
-    {name: stage(x, as_words=True) for name, x in pool.items()},
-    {name: tiled(*of, swizzle) for name, of in spread_words.items()},
-  )
-  last = (plgpu.SMEM((h, wide), jnp.float32), plgpu.SMEM((wide,), jnp.float32))
-  width = blocks * wide
-  k_full, v_full = (
-    plgpu.Barrier(
-      num_arrivals=joined * len(parts & pool.keys()), num_barriers=stages
-    )
-    for parts in (K_PARTS, V_PARTS)
-  )
-  out, lse = plgpu.kernel(
-    kernel,
-    out_type=(
-      jax.ShapeDtypeStruct((b, kv, splits, h, width), jnp.float32),
-      jax.ShapeDtypeStruct((b, kv, splits, width), jnp.float32),
-    ),
-    scratch_types=[
-      (plgpu.Barrier(num_arrivals={16: 1, 8: 2, 4: 3}[bits]), k_full, v_full),
-      # The output takes the place of the queries and the ring.
-      plgpu.RefUnion(numbers, words if bits == 4 else (), last),
-    ],
-    grid=(b, splits, kv * blocks),
-    grid_names=('batch', 'splits', 'heads'),
-    # A barrier at every store and copy is latency, which short lists are made
-    # of. Those of `commit_smem` stand where a warp could run ahead of the
-    # others, before what they still read is written again.
-    compiler_params=plgpu.CompilerParams(
-      approx_math=True, unsafe_no_auto_barriers=True
-    ),
-  )(*operands.values(), *pool.values())
-  return out, lse

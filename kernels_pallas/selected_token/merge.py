@@ -22,6 +22,7 @@ def merge_splits(
   lse: Float[Array, 'B K S Q'],
   queries: int,
   *,
+  out_dtype: jnp.dtype | type = jnp.float32,
   interpret: bool = False,
 ) -> Partial:
   """The exact merge over S, as `kernels_pallas.partial.merge_axis` does it.
@@ -30,10 +31,11 @@ def merge_splits(
     out: of each split; 0 where it saw nothing.
     lse: of each split; -inf where it saw nothing.
     queries: R <= Q, of which there are results.
+    out_dtype: of the merged output.
     interpret: runs on any device.
 
   Returns:
-    out float32 [B K R H], lse float32 [B K R].
+    out [B K R H], lse float32 [B K R].
   """
   b, kv, splits, h, width = out.shape
   wide = pl.next_power_of_2(width)
@@ -79,7 +81,7 @@ def merge_splits(
     row = lax.broadcasted_iota(jnp.int32, (wide, piece), 0)
     plgpu.store(
       merged_ref.at[at, pl.ds(0, wide), pl.ds(first, piece)],
-      acc.T,
+      acc.T.astype(out_dtype),
       mask=row < queries,
     )
     plgpu.store(
@@ -91,7 +93,7 @@ def merge_splits(
   merged, merged_lse = pl.pallas_call(
     kernel,
     out_shape=(
-      jax.ShapeDtypeStruct((b * kv, queries, h), jnp.float32),
+      jax.ShapeDtypeStruct((b * kv, queries, h), out_dtype),
       jax.ShapeDtypeStruct((b * kv, queries), jnp.float32),
     ),
     grid=(b * kv, h // piece),

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.block_sparse.reference import masked_attention
 from kernels_pallas.partial import Partial
+from kernels_pallas.selected_token.rows import row_lists
 
 
 def visible(position, usable, q_positions, sink, window):
@@ -24,8 +25,9 @@ def _attend(q, k, v, position, usable, q_positions, sink, window, scale):
 
 
 def attend_pages(
-  q, pages, ids, starts, *, q_positions, sink, window, scale, block_sizes=None
-) -> Partial:
+  q, pages, ids, starts, *, q_positions, sink, window, scale, block_sizes=None,
+  out_dtype=jnp.float32,
+) -> Partial:  # fmt: skip
   """See `kernels_pallas.selected_token.attend_pages`."""
   del block_sizes
   b, kv, width = ids.shape
@@ -33,7 +35,7 @@ def attend_pages(
   shape = (b, kv, width * pages.page, pages.head_dim)
   position = starts[..., None] + jnp.arange(pages.page)
   usable = jnp.repeat(ids >= 0, pages.page, axis=-1)
-  return _attend(
+  part = _attend(
     q,
     k.reshape(shape),
     v.reshape(shape),
@@ -44,6 +46,12 @@ def attend_pages(
     window,
     scale,
   )
+  return Partial(part.out.astype(out_dtype), part.lse)
+
+
+def attend_contiguous(q, pages, starts, used, **named) -> Partial:
+  """See `kernels_pallas.selected_token.attend_contiguous`."""
+  return attend_pages(q, pages, *row_lists(pages, starts, used), **named)
 
 
 def attend_tokens(

@@ -39,6 +39,7 @@ from kernels_pallas import mosaic_tpu
 from kernels_pallas.keys import Pages
 from kernels_pallas.mosaic_tpu import FLOOR, LOG2E, MASKED
 from kernels_pallas.partial import Partial
+from kernels_pallas.selected_token.rows import row_lists
 
 _MAX_WIDTH = 32768  # two lists of two int32 rows in 1 MiB of SMEM
 _FIELDS = 8  # slots of a list row before the ids: used, sink, window
@@ -54,8 +55,8 @@ def refuse(function: str, q, pages, ids, *args, **kwargs) -> str | None:
     return f'page={pages.page} of quantised keys must be a multiple of 32'
   if pages.page not in (16, 32, 64, 128, 256, 512):
     return f'page={pages.page} must be a power of two, 16 to 512'
-  if ids.shape[2] > _MAX_WIDTH:
-    return f'a list of {ids.shape[2]} pages exceeds {_MAX_WIDTH} (SMEM)'
+  if ids.shape[-1] > _MAX_WIDTH:
+    return f'a list of {ids.shape[-1]} pages exceeds {_MAX_WIDTH} (SMEM)'
   return None
 
 
@@ -359,10 +360,11 @@ def _attend(
 
 
 def attend_pages(
-  q, pages, ids, starts, *, q_positions, sink, window, scale, block_sizes
-) -> Partial:
+  q, pages, ids, starts, *, q_positions, sink, window, scale, block_sizes,
+  out_dtype,
+) -> Partial:  # fmt: skip
   """See `kernels_pallas.selected_token.attend_pages`."""
-  return _attend(
+  part = _attend(
     q,
     pages,
     None,
@@ -374,6 +376,12 @@ def attend_pages(
     scale=scale,
     **(block_sizes or {}),
   )
+  return Partial(part.out.astype(out_dtype), part.lse)
+
+
+def attend_contiguous(q, pages, starts, used, **named) -> Partial:
+  """See `kernels_pallas.selected_token.attend_contiguous`."""
+  return attend_pages(q, pages, *row_lists(pages, starts, used), **named)
 
 
 def attend_tokens(

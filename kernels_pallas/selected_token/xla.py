@@ -10,6 +10,7 @@ from jax import lax
 
 from kernels_pallas import tiles, xla_tiles
 from kernels_pallas.partial import Partial
+from kernels_pallas.selected_token.rows import row_lists
 
 
 def refuse(function: str, *args, **kwargs) -> str | None:
@@ -30,6 +31,7 @@ def _attend(
   window,
   scale,
   chunk,
+  out_dtype=jnp.float32,
 ) -> Partial:
   """Online softmax over chunks of the list.
 
@@ -47,6 +49,7 @@ def _attend(
     window: [K] or None.
     scale: of the scores.
     chunk: entries that go together.
+    out_dtype: of the output.
   """
   b, t, n, h = q.shape
   kv, width = listed.shape[1], listed.shape[2]
@@ -77,7 +80,7 @@ def _attend(
     last = jnp.max(jnp.where(listed >= 0, jnp.arange(width) + 1, 0))
     steps = tiles.ceil_div(last, chunk)
     carry = lax.fori_loop(0, steps, visit, carry)
-  out, lse = xla_tiles.finish(carry, jnp.float32)
+  out, lse = xla_tiles.finish(carry, out_dtype)
   out = out.reshape(b, kv, t, g, h).transpose(0, 2, 1, 3, 4)
   lse = lse.reshape(b, kv, t, g).transpose(0, 2, 1, 3)
   return Partial(out.reshape(b, t, n, h), lse.reshape(b, t, n))
@@ -92,8 +95,9 @@ def _chunk(block_sizes, b: int, kv: int, h: int, tokens: int) -> int:
 
 
 def attend_pages(
-  q, pages, ids, starts, *, q_positions, sink, window, scale, block_sizes
-) -> Partial:
+  q, pages, ids, starts, *, q_positions, sink, window, scale, block_sizes,
+  out_dtype,
+) -> Partial:  # fmt: skip
   """See `kernels_pallas.selected_token.attend_pages`.
 
   A pool that is a contiguous cache with every page at its own place (what
@@ -116,6 +120,7 @@ def attend_pages(
       window=window,
       scale=scale,
       chunk=chunk,
+      out_dtype=out_dtype,
     )
 
   def gather(entry, first):
@@ -143,6 +148,11 @@ def attend_pages(
     lambda: attend(cut),
     lambda: attend(gather),
   )
+
+
+def attend_contiguous(q, pages, starts, used, **named) -> Partial:
+  """See `kernels_pallas.selected_token.attend_contiguous`."""
+  return attend_pages(q, pages, *row_lists(pages, starts, used), **named)
 
 
 def attend_tokens(

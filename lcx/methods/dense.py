@@ -9,7 +9,7 @@ from kernels_pallas.block_sparse import block_sparse, dense_blocks
 from lcx import cache as caches
 from lcx.methods import shards
 from lcx.methods.base import Context, Decode, Method, Prefill, Rope, Trace
-from lcx.methods.listed_pages import attend_listed
+from lcx.methods.listed_pages import attend_all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +48,7 @@ class DenseDecode(Decode):
 
   def attend(self, q, k, v, rope: Rope, cache, state, ctx: Context):
     q, cache = shards.append_rotated(q, k, v, rope, cache, ctx)
-    part = attend_listed(
-      q,
-      cache,
-      cache.page_ids(),
-      cache.page_starts(),
-      ctx,
-    )
+    part = attend_all(q, cache, ctx, shards.part_dtype(q, ctx.axes))
     out = shards.merged(part, ctx.axes).astype(q.dtype)
     return out, cache, state, decode_trace(dense_pairs(q, ctx), q, ctx)
 

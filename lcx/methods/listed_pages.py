@@ -16,7 +16,12 @@ from jaxtyping import Array, Float, Int32
 from kernels_pallas.block_sparse import EVERYTHING
 from kernels_pallas.keys import NEVER
 from kernels_pallas.partial import Partial, merge
-from kernels_pallas.selected_token import attend_pages, attend_tokens
+from kernels_pallas.selected_token import (
+  attend_contiguous,
+  attend_pages,
+  attend_tokens,
+)
+from lcx.cache import DenseCache
 from lcx.methods import shards
 from lcx.methods.base import Context
 
@@ -46,6 +51,7 @@ def attend_listed(
   starts: Int32[Array, 'B K W'],
   ctx: Context,
   window: tuple[Int32[Array, 'K'], Int32[Array, 'K']] | None = None,
+  out_dtype: Any = jnp.float32,
 ) -> Partial:
   """This shard's part over the listed pages.
 
@@ -56,20 +62,23 @@ def attend_listed(
     starts: their first positions; NEVER where skipped.
     ctx: positions of the queries are true ones.
     window: (sink, window) per kv head; None: the cache's and the model's.
+    out_dtype: of the output, where nothing is merged.
   """
   pages = cache.pages()
   if window is None and (is_ring(cache) or ctx.sliding_window is not None):
     window = visible(cache, ids.shape[1], ctx.sliding_window)
   if window is None:
     until = shards.seen_until(cache, ctx)
-    return attend_pages(q, pages, ids, starts, q_positions=until)
+    return attend_pages(
+      q, pages, ids, starts, q_positions=until, out_dtype=out_dtype
+    )
   rule: dict[str, Any] = {
     'q_positions': ctx.positions,
     'sink': window[0],
     'window': window[1],
   }
   if jax.lax.axis_size(ctx.axes.seq) == 1:
-    return attend_pages(q, pages, ids, starts, **rule)
+    return attend_pages(q, pages, ids, starts, **rule, out_dtype=out_dtype)
   last = cache.last_position()[:, None, None]
   tail = (starts <= last) & (last < starts + pages.page - 1)
   at = jnp.argmax(tail, axis=2, keepdims=True)  # there is at most one
@@ -96,6 +105,27 @@ def attend_listed(
   )
 
 
+def attend_all(
+  q: Float[Array, 'B T N H'], cache, ctx: Context, out_dtype: Any
+) -> Partial:
+  """`attend_listed` over all pages of a cache."""
+  cut = ctx.sliding_window is not None and jax.lax.axis_size(ctx.axes.seq) > 1
+  if cut or not isinstance(cache, DenseCache):
+    return attend_listed(
+      *(q, cache, cache.page_ids(), cache.page_starts(), ctx),
+      out_dtype=out_dtype,
+    )
+  return attend_contiguous(
+    q,
+    cache.pages(),
+    cache.starts,
+    cache.used,
+    q_positions=shards.seen_until(cache, ctx),
+    **shards.window(cache.k.shape[1], ctx.sliding_window),
+    out_dtype=out_dtype,
+  )
+
+
 def listed_keys(
   cache,
   ids: Int32[Array, 'B K W'],
@@ -110,7 +140,8 @@ def listed_keys(
   at = ctx.positions[:, :, None, None]  # [B T 1 1]
   start = jnp.where(ids < 0, NEVER, starts)[:, None]
   stop = jnp.minimum(start + cache.page, at + 1)
-  stop = jnp.minimum(stop, cache.last_position()[:, None, None, None] + 1)
+  if jax.lax.axis_size(ctx.axes.seq) > 1:
+    stop = jnp.minimum(stop, cache.last_position()[:, None, None, None] + 1)
   first = jnp.maximum(jnp.minimum(stop, sink) - start, 0)
   recent = jnp.maximum(start, jnp.maximum(at - window + 1, sink))
   keys = first + jnp.maximum(stop - recent, 0)

@@ -321,7 +321,8 @@ class LServeDecode(Decode):
     return out, cache, state, trace
 
   def _attended(self, q, cache, ids, starts, ctx: Context):
-    part = attend_listed(q, cache, ids, starts, ctx)
+    kind = shards.part_dtype(q, ctx.axes)
+    part = attend_listed(q, cache, ids, starts, ctx, out_dtype=kind)
     keys = listed_keys(cache, ids, starts, q, ctx) if ctx.trace else ()
     return part, keys
 

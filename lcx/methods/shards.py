@@ -158,6 +158,11 @@ def dense_up_to(
   return (found or 1) - 1
 
 
+def part_dtype(q: Float[Array, 'B T N H'], axes: Axes):
+  """Of a shard's output: the queries' where it is all, else float32."""
+  return q.dtype if jax.lax.axis_size(axes.seq) == 1 else jnp.float32
+
+
 def merged(part: Partial, axes: Axes) -> Float[Array, 'B T N H']:
   """The output over all sequence shards."""
   if jax.lax.axis_size(axes.seq) > 1:

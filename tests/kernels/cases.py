@@ -1,5 +1,6 @@
 """Inputs for the kernel tests: every kind of row in one call."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -131,6 +132,27 @@ def page_case(
     jnp.asarray(ids, jnp.int32),
     jnp.asarray(starts, jnp.int32),
   ), kwargs
+
+
+def contiguous_case(seed=0, *, width=6, **kwargs):
+  """Like `page_case`, of a cache: (q, pages, starts, used), keywords.
+
+  Positions jump before page 2; the first row is full, the last is empty.
+  """
+  (q, pages, ids, _), named = page_case(seed, width=width, **kwargs)
+  b, page = q.shape[0], pages.page
+  pages = jax.tree.map(lambda x: x[: ids.size], pages)
+  number = np.arange(width)
+  start = np.where(number < 2, number, number + 3) * page
+  used = np.random.default_rng(seed).integers(1, width * page, b)
+  used[0], used[-1] = width * page, 0 if b > 1 else width * page - 7
+  starts = np.where(number * page < used[:, None], start, 2**30)
+  return (
+    q,
+    pages,
+    jnp.asarray(starts, jnp.int32),
+    jnp.asarray(used, jnp.int32),
+  ), named
 
 
 def token_case(seed=0, *, width=40, **kwargs):

@@ -20,6 +20,7 @@ from kernels_pallas import (
   passing_block,
   selected_token,
 )
+from kernels_pallas.selected_token import rows
 from tests import oracle
 from tests.kernels import cases, mosaic_gpu_interpreter, test_block_scores
 
@@ -63,6 +64,21 @@ def _pages(kind, **shape):
   oracle.assert_close(got, want, kind)
 
 
+def _contiguous(kind, **shape):
+  args, kwargs = cases.contiguous_case(b=1, dtype=BF16, **shape)
+  got = _run(selected_token.attend_contiguous, *args, **kwargs)
+  check_contiguous(got, args, kwargs, kind)
+
+
+def check_contiguous(got, args, kwargs, kind):
+  q, pages, starts, used = args
+  lists = rows.row_lists(pages, starts, used)
+  want = oracle.selected(
+    *(q, pages, *oracle.rows_of_pages(*lists, pages.page)), **kwargs
+  )
+  oracle.assert_close(got, want, kind)
+
+
 def _scores(**shape):
   args = test_block_scores.case(dtype=BF16, **shape)
   test_block_scores.check(
@@ -93,6 +109,10 @@ CASES = {
   'decode': (
     functools.partial(_pages, 'bfloat16', group=3, width=7, streaming=True),
     functools.partial(_pages, 'int8', bits=8, t=2, page=32, h=128),
+    # An odd number of pages of which two are a tile; the last is half full.
+    functools.partial(
+      _contiguous, 'bfloat16', kv=2, group=3, width=7, page=32, t=1
+    ),
   ),
 }
 # More head dims and page sizes of the same code: make test-all.
@@ -106,6 +126,7 @@ MORE = {
     functools.partial(_pages, 'bfloat16', page=16, width=9, group=1, t=5),
     functools.partial(_pages, 'bfloat16', page=128, h=256, group=8, t=16),
     functools.partial(_tokens, 'bfloat16', streaming=True),
+    functools.partial(_contiguous, 'bfloat16', width=5, page=128, t=2),
   ),
 }
 

@@ -137,6 +137,20 @@ def test_attend_pages(bits, page, t, streaming):
   oracle.assert_close(got, want, kind)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+  ('page', 'width'), [(32, 9), (64, 9), (128, 9), (64, 701)]
+)
+@pytest.mark.parametrize('t', [1, 16])
+@pytest.mark.parametrize('streaming', [False, True])
+def test_attend_contiguous(page, t, width, streaming):
+  args, kwargs = cases.contiguous_case(
+    t=t, h=128, page=page, dtype=BF16, streaming=streaming, width=width
+  )
+  got = selected_token.attend_contiguous(*args, **kwargs, implementation='gpu')
+  gpu_interpret.check_contiguous(got, args, kwargs, 'bfloat16')
+
+
 def check_tokens(bits, t, streaming, implementation):
   args, kwargs = cases.token_case(
     t=t, h=128, bits=bits, dtype=BF16, streaming=streaming, width=300

@@ -24,6 +24,15 @@ def check(shape, queries, **how):
   assert (got.lse[0, 0, 0] == -jnp.inf) and not np.any(got.out[0, 0, 0])
 
 
+def test_another_dtype():
+  shape = (1, 2, 5, 64, 8)
+  out = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+  lse = jnp.zeros((1, 2, 5, 8), jnp.float32)
+  got = merge_splits(out, lse, 3, out_dtype=jnp.bfloat16, interpret=True)
+  want = merge_splits(out, lse, 3, interpret=True)
+  np.testing.assert_array_equal(got.out, want.out.astype(jnp.bfloat16))
+
+
 def first(part, queries):
   return Partial(part.out[:, :, :queries], part.lse[:, :, :queries])
 

@@ -12,6 +12,7 @@ from jax.experimental import checkify
 
 from kernels_pallas import selected_token as family
 from kernels_pallas.keys import Pages
+from kernels_pallas.selected_token.rows import row_lists
 from tests import oracle
 from tests.kernels import cases
 
@@ -64,6 +65,30 @@ def test_pages_equal_the_oracle(name, implementation):
   got = PAGES(*args, **kwargs, implementation=implementation)
   oracle.assert_close(got, _pages_oracle(args, kwargs), _kind(args))
   assert got.out.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(('name', 'implementation'), RUNS)
+def test_a_contiguous_cache_equals_the_oracle(name, implementation):
+  args, kwargs = cases.contiguous_case(**CASES[name])
+  run = functools.partial(
+    jax.jit(family.attend_contiguous, static_argnames='implementation'),
+    implementation=implementation,
+  )
+  got = run(*args, **kwargs)
+  q, pages, starts, used = args
+  lists = row_lists(pages, starts, used)
+  want = _pages_oracle((q, pages, *lists), kwargs)
+  oracle.assert_close(got, want, _kind(args))
+
+
+def test_the_output_may_have_another_dtype():
+  args, kwargs = cases.contiguous_case(dtype=jnp.bfloat16)
+  got, want = (
+    family.attend_contiguous(*args, **kwargs, out_dtype=dtype)
+    for dtype in (jnp.bfloat16, jnp.float32)
+  )
+  assert got.out.dtype == jnp.bfloat16 and got.lse.dtype == jnp.float32
+  np.testing.assert_array_equal(got.out, want.out.astype(jnp.bfloat16))
 
 
 @pytest.mark.parametrize(('name', 'implementation'), RUNS)

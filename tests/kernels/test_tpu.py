@@ -158,7 +158,15 @@ def test_lowers_for_cuda(name):
   except ValueError as error:
     assert "implementation='gpu'" in str(error)  # refused, with the reason
     pytest.skip(str(error))
-  exported = jax.export.export(jax.jit(function), platforms=['cuda'])(*args)
+  h100 = jax.sharding.AbstractDevice('NVIDIA H100 80GB HBM3', 132, 'gpu')
+  mesh = jax.sharding.AbstractMesh((1,), ('x',), abstract_device=h100)
+  triton = '__gpu$xla.gpu.triton'
+  with jax.sharding.use_abstract_mesh(mesh):
+    exported = jax.export.export(
+      jax.jit(function),
+      platforms=['cuda'],
+      disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(triton)],
+    )(*args)
   assert 'mosaic_gpu' in exported.mlir_module()
 
 
