@@ -55,10 +55,9 @@ def draw(seed, tokens):
   ]
 
 
-def decoded(part, config):
-  """(output, valid, state) of each step."""
-  lengths = jnp.asarray(PROMPT)
-  room = max(PROMPT)
+def begun(part, config):
+  """(cache, state) behind the prompts."""
+  room, lengths = max(PROMPT), jnp.asarray(PROMPT)
 
   @alone
   def begin(q, k, v):
@@ -70,13 +69,19 @@ def decoded(part, config):
     state = part.observe(q, k, v, ROPE, part.init_state(shape), ctx)
     return cache, part.start(cache, state)
 
+  return begin(*draw(0, room))
+
+
+def decoded(part, cache, state):
+  """(output, valid, state) of each step."""
+  lengths = jnp.asarray(PROMPT)
+
   @alone
   def step(q, k, v, cache, state, at, count):
     at = at[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)
     ctx = context(at, count, trace=False)
     return part.attend(q, k, v, ROPE, cache, state, ctx)[:3]
 
-  cache, state = begin(*draw(0, room))
   query = draw(1, 1)[0]
   for i, (count, turns) in enumerate(zip(COUNTS, TURNS)):
     tokens, count = max(count), jnp.asarray(count)
@@ -91,11 +96,11 @@ def decoded(part, config):
 
 def check(part, config):
   """Compares two ways; returns the rows that selected, by step."""
-  hits = []
+  hits, start = [], begun(part, config)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(in_place, 'serves', lambda *_: False)
-    plain = list(decoded(part, config))
-  for want, got in zip(plain, decoded(part, config), strict=True):
+    plain = list(decoded(part, *start))
+  for want, got in zip(plain, decoded(part, *start), strict=True):
     valid = np.asarray(want[1])
     np.testing.assert_allclose(
       np.asarray(got[0])[valid], np.asarray(want[0])[valid], atol=1e-4
