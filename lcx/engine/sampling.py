@@ -14,14 +14,15 @@ class Sampling:
   """How each row chooses.
 
   Attributes:
-    temperature: float32 [B]; 0: greedy.
+    temperature: float32 [B]; 0: greedy. None: every row is, and the program
+      holds no code that draws.
     top_p: float32 [B]; the smallest set of tokens with this mass (nucleus
       sampling, arXiv:1904.09751); 1: all.
     seed: int32 [B]; a row's draws depend on its seed and position alone.
     stop: int32 [B n] tokens that end a row; -1 pads.
   """
 
-  temperature: Float[Array, 'B']
+  temperature: Float[Array, 'B'] | None
   top_p: Float[Array, 'B']
   seed: Int32[Array, 'B']
   stop: Int32[Array, 'B n']
@@ -45,18 +46,17 @@ def make_sampling(
   def per_row(value, dtype):
     return jnp.asarray(np.broadcast_to(np.asarray(value, dtype), (batch,)))
 
-  sampling = Sampling(
-    per_row(temperature, np.float32),
-    per_row(top_p, np.float32),
+  heat, top = np.asarray(temperature), np.asarray(top_p)
+  if np.any(heat < 0):
+    raise ValueError(f'{temperature=} must not be negative')
+  if np.any((top <= 0) | (top > 1)):
+    raise ValueError(f'{top_p=} must lie in (0, 1]')
+  return Sampling(
+    per_row(heat, np.float32) if np.any(heat > 0) else None,
+    per_row(top, np.float32),
     per_row(seed, np.int32),
     jnp.asarray(table),
   )
-  if np.any(np.asarray(sampling.temperature) < 0):
-    raise ValueError(f'{temperature=} must not be negative')
-  top = np.asarray(sampling.top_p)
-  if np.any((top <= 0) | (top > 1)):
-    raise ValueError(f'{top_p=} must lie in (0, 1]')
-  return sampling
 
 
 def sample(
@@ -64,13 +64,10 @@ def sample(
 ) -> Int32[Array, 'B']:
   """The next token of each row."""
   greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  return jax.lax.cond(
-    jnp.any(sampling.temperature > 0),
-    lambda: jnp.where(
-      sampling.temperature > 0, _draw(logits, positions, sampling), greedy
-    ),
-    lambda: greedy,
-  )
+  if sampling.temperature is None:
+    return greedy
+  drawn = _draw(logits, positions, sampling)
+  return jnp.where(sampling.temperature > 0, drawn, greedy)
 
 
 def _draw(logits, positions, sampling: Sampling) -> Int32[Array, 'B']:
