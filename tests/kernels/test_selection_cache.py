@@ -24,10 +24,10 @@ KINDS = ('keys', 'pages', 'bounds')
 def draw(kind, shape, dtype):
   """(source, candidates of each of its rows, their scores of queries)."""
   b, n, kv, c, h = shape
-  rng = np.random.default_rng(0)
+  rng, seeds = np.random.default_rng(0), itertools.count()
 
   def normal(*shape):
-    return jnp.asarray(rng.normal(size=shape), dtype)
+    return jax.random.normal(jax.random.key(next(seeds)), shape, dtype)
 
   q, k = normal(b, n, h) / 4, normal(b, kv, c, h)
   tokens = c if kind != 'bounds' else c * PAGE
