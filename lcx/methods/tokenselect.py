@@ -239,6 +239,9 @@ class TokenSelectDecode(ReuseRules, Decode):
   Keys are scanned on a step on which some row must select; the other rows keep
   their lists, so that answers do not depend on who else is in the batch. A
   piece of several tokens always selects, by its pooled query.
+
+  On a GPU `lcx.select.in_place` takes algorithm 1 in launches of its own, for
+  most of what can be asked for; `_due` and `_served` say the same anywhere.
   """
 
   @property
