@@ -12,12 +12,13 @@ import jax
 
 from kernels_pallas import dispatch
 from kernels_pallas.append_token import gpu
-from kernels_pallas.append_token.gpu import Cursors, Joint, Rules
+from kernels_pallas.append_token.gpu import Cursors, Heads, Joint, Rules
 
 __all__ = [
   'MAX_QUERIES',
   'MAX_TILE',
   'Cursors',
+  'Heads',
   'Joint',
   'Rules',
   'gpu',
@@ -48,7 +49,7 @@ def serves_joint(q, k, axis: str | None = None) -> bool:
 
   Args:
     q: [B T N H] queries.
-    k: [B T K H] keys, for a pool of their dtype.
+    k: [B T K H] keys.
     axis: as in `serves`.
   """
   rows, tokens, heads, dim = k.shape

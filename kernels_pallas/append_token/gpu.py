@@ -1,7 +1,7 @@
 """One token a row, appended in place by one program: Pallas Triton.
 
-Its keys and values may come beside queries, in one array (`Joint`): three
-arrays of one projection would be three launches before this one.
+Its keys and values may come beside queries, in one array (`Joint`), and their
+codes in another: each array more would be a launch before this one.
 
 A lane stands for a kv head of a row, lane = row * K + head, padded to a power
 of two; sums over a row or over earlier lanes are masked sums over lanes. All
@@ -95,21 +95,49 @@ class Joint:
 
   @property
   def queries(self) -> int:
+    """N."""
     return self.array.shape[1] - 2 * self.kv_heads
+
+  @property
+  def keys_and_values(self) -> Float[Array, 'B 2K H']:
+    return self.array[:, self.queries :]
+
+  def heads(self) -> tuple['Heads', 'Heads']:
+    """Keys and values."""
+    n = self.queries
+    return Heads(self.array, n), Heads(self.array, n + self.kv_heads)
+
+
+class Heads(NamedTuple):
+  """The kv heads of an array that begin at its head `first` (static).
+
+  Attributes:
+    array: [B heads *D], or its ref.
+    first: of K heads.
+  """
+
+  array: Any
+  first: int = 0
+
+  def load(self, row, head, *channel, mask):
+    at = (row, head + self.first, *channel)
+    return plgpu.load(self.array.at[at], mask=mask)
 
 
 def append_token(
   pool: Sequence[Num[Array, 'P page *D']],
-  tokens: Sequence[Num[Array, 'B K *D']] | Joint,
+  tokens: Sequence[Heads],
   cursors: Cursors,
   stats: Sequence[Float[Array, 'B h C H']],
-  keys: Float[Array, 'B K H'] | None,
+  keys: Heads,
   positions: Int32[Array, 'B'],
   count: Int32[Array, 'B'] | None,
   *,
+  heads: int,
   rules: Rules,
   ring: Bool[Array, 'K'] | None = None,
   order: Int32[Array, 'P'] | None = None,
+  beside: Joint | None = None,
   interpret: bool = False,
 ) -> tuple[list, Cursors, list, Float[Array, 'B N H'] | None]:
   """Appends one token to each row that takes it.
@@ -120,36 +148,32 @@ def append_token(
   Args:
     pool: arrays of pages that one token each enters: keys, values, scales. A
       contiguous cache [B K W*page H] is a pool of its pages in order.
-    tokens: what enters them, in their dtypes; or keys and values beside
-      queries, for a pool of keys and values.
+    tokens: what enters them, in their dtypes.
     cursors: of the rows.
     stats: two arrays, or none.
-    keys: unquantised, for the statistics; None with a `Joint`, which has them.
+    keys: [B K H] unquantised, for the statistics.
     positions: of the tokens.
     count: 0 or 1; None: 1.
+    heads: K.
     rules: static numbers.
     ring: which heads are ring heads; None: none.
     order: free pages in order, from `cursors.taken` on; None: contiguous.
+    beside: whose queries are copied to an array of their own; None: nobody's.
     interpret: runs on the CPU, for tests.
 
   Returns:
-    (pool, cursors, stats), in the places of the old ones, and the queries of a
-    `Joint`, else None.
+    (pool, cursors, stats), in the places of the old ones, and the queries.
   """
-  queries: list[jax.ShapeDtypeStruct] = []
-  if isinstance(tokens, Joint):
-    x, of_queries, heads = tokens.array, tokens.queries, tokens.kv_heads
-    shape = (x.shape[0], of_queries, x.shape[2])
-    queries.append(jax.ShapeDtypeStruct(shape, x.dtype))
-    entering, first = [x, x], (of_queries, of_queries + heads)
-    keys = x
-  else:
-    assert keys is not None
-    entering, heads, first = list(tokens), keys.shape[1], (0,) * len(tokens)
-  batch = keys.shape[0]
+  batch = keys.array.shape[0]
   lanes = pl.next_power_of_2(batch * heads)
   moved = [list(pool), cursors, list(stats)]
-  fixed = [entering, keys, positions, count, ring, order]
+  entering = [x.array for x in (*tokens, keys)]
+  copied, queries = [], []
+  if beside is not None:
+    shape = (batch, beside.queries, beside.array.shape[2])
+    copied = [beside.array]
+    queries = [jax.ShapeDtypeStruct(shape, beside.array.dtype)]
+  fixed = [entering, copied, (positions, count, ring, order)]
   changed, tree = jax.tree.flatten(moved)
   given, given_tree = jax.tree.flatten(fixed)
 
@@ -157,15 +181,16 @@ def append_token(
     inputs, out = refs[: len(changed) + len(given)], refs[-n_out:]
     old = tree.unflatten(inputs[: len(changed)])
     new = tree.unflatten(out[: len(changed)])
-    entering, keys, *rest = given_tree.unflatten(inputs[len(changed) :])
-    entering = [_Heads(x, at) for x, at in zip(entering, first)]
-    keys = _Heads(keys, first[0])
+    entering, copied, rest = given_tree.unflatten(inputs[len(changed) :])
+    *entering, mine = (
+      Heads(ref, x.first) for ref, x in zip(entering, (*tokens, keys))
+    )
     _kernel(
-      old, new, entering, keys, *rest, lanes=lanes, batch=batch, heads=heads,
+      old, new, entering, mine, *rest, lanes=lanes, batch=batch, heads=heads,
       rules=rules,
     )  # fmt: skip
-    if queries:
-      _copy_heads(inputs[len(changed)], out[-1])
+    for source in copied:
+      _copy_heads(source, out[-1])
 
   shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in changed] + queries
   n_out = len(shapes)
@@ -179,17 +204,6 @@ def append_token(
   )(*changed, *given)
   pool, cursors, stats = tree.unflatten(out[: len(changed)])
   return pool, cursors, stats, out[-1] if queries else None
-
-
-class _Heads(NamedTuple):
-  """The kv heads of an array [B heads *D] that begin at head `first`."""
-
-  ref: Any
-  first: int
-
-  def load(self, row, head, *channel, mask):
-    at = (row, head + self.first, *channel)
-    return plgpu.load(self.ref.at[at], mask=mask)
 
 
 def _copy_heads(source, target):
@@ -390,7 +404,7 @@ def _write(leaf, values, at: _Lanes, offset):
 
 def _absorb(new, old, keys, at: _Lanes, comes, index, rules: Rules):
   """The statistics of the logical page that the token enters."""
-  spread, inside, channel = _channels(at.row, keys.ref.shape[2])
+  spread, inside, channel = _channels(at.row, keys.array.shape[2])
   comes = spread(comes) & inside
   key = keys.load(spread(at.row), spread(at.head), *channel, mask=comes)
   key = key.astype(old[0].dtype)

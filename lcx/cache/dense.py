@@ -157,7 +157,8 @@ class DenseCache:
     rows, tokens, heads, dim = k.shape
     if tokens == 1 and append_token.serves(rows * heads, dim):
       k, v = k[:, 0].astype(self.k.dtype), v[:, 0].astype(self.v.dtype)
-      return self._append_one([k, v], k, positions, count)[1]
+      heads = append_token.Heads(k), append_token.Heads(v)
+      return self._append_one(heads, positions, count)[1]
     count = arriving(self.used, self.status, count, k.shape[1])
     open_start = start_of_page(self.starts, self.used // page)
     count, status = settle(
@@ -191,7 +192,7 @@ class DenseCache:
       stats=stats,
     )
 
-  def _append_one(self, tokens, keys, positions, count):
+  def _append_one(self, tokens, positions, count, beside=None):
     """`append` of one token a row, in one launch: (queries or None, cache)."""
     rules = append_token.Rules(
       page=self.page,
@@ -214,10 +215,12 @@ class DenseCache:
         taken=None,
       ),
       stats,
-      keys,
+      tokens[0],
       positions[:, 0],
       count,
+      heads=self.k.shape[1],
       rules=rules,
+      beside=beside,
     )
     (pool_k, pool_v), cursors, stats, queries = moved
     cache = dataclasses.replace(
@@ -248,7 +251,7 @@ class DenseCache:
     if not alike or not append_token.serves_joint(q, k):
       return q, self.append(k, v, positions, count)
     joint = append_token.Joint.of(q, k, v)
-    queries, cache = self._append_one(joint, None, positions, count)
+    queries, cache = self._append_one(joint.heads(), positions, count, joint)
     assert queries is not None
     return queries[:, None], cache
 

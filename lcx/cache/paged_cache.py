@@ -39,7 +39,7 @@ from lcx.cache.base import (
   start_of_page,
   status_after_cut,
 )
-from lcx.cache.quantise import encode, error_bound
+from lcx.cache.quantise import encode, error_bound, quantise
 from lcx.cache.stats import Bounds, Moments, Stats
 from lcx.cache.vacancy import Vacancy, holders
 from lcx.cache.write import (
@@ -131,8 +131,9 @@ class PagedCache:
         encode(k, v, self.config.bits),
         self.pool,
       )
-      codes = jax.tree.leaves(codes)
-      return self._append_one(codes, k, positions, count)[1]
+      heads = [append_token.Heads(x) for x in jax.tree.leaves(codes)]
+      keys = append_token.Heads(k)
+      return self._append_one(heads, keys, positions, count)[1]
     page = self.page
     offset = self.used % page
     count, status = self._admitted(count, positions)
@@ -172,7 +173,7 @@ class PagedCache:
       stats=stats,
     )
 
-  def _append_one(self, tokens, keys, positions, count):
+  def _append_one(self, tokens, keys, positions, count, beside=None):
     """`append` of one token a row, in one launch: (queries or None, cache)."""
     config = self.config
     rules = append_token.Rules(
@@ -201,8 +202,10 @@ class PagedCache:
       keys,
       positions[:, 0],
       count,
+      heads=self.table.shape[1],
       rules=rules,
       ring=self.ring if config.has_ring else None,
+      beside=beside,
       order=self.vacancy.order,
     )
     assert cursors.taken is not None
@@ -230,14 +233,25 @@ class PagedCache:
     """`append` beside queries: (q, cache).
 
     On a GPU what makes queries, keys and values of one token is then a single
-    launch before that of the append, not three.
+    launch before that of the append, not three, and keys and values are
+    quantised together.
     """
-    agree = self.config.agree_over
-    alike = self.config.bits == 16 and self.pool.k.dtype == k.dtype == v.dtype
+    bits, agree = self.config.bits, self.config.agree_over
+    alike = k.dtype == v.dtype and (bits < 16 or self.pool.k.dtype == k.dtype)
     if not alike or not append_token.serves_joint(q, k, agree):
       return q, self.append(k, v, positions, count)
     joint = append_token.Joint.of(q, k, v)
-    queries, cache = self._append_one(joint, None, positions, count)
+    keys, values = joint.heads()
+    tokens = [keys, values]
+    if bits < 16:
+      found = quantise(joint.keys_and_values, bits)
+      tokens = [
+        append_token.Heads(x, first)
+        for x in found
+        if x is not None
+        for first in (0, joint.kv_heads)
+      ]
+    queries, cache = self._append_one(tokens, keys, positions, count, joint)
     assert queries is not None
     return queries[:, None], cache
 

@@ -25,7 +25,6 @@ CONFIGS = {
   'few-pages': Paged(**SMALL, ring_heads=RINGS, pool_pages=17),
 }
 ROWS, HEADS, GROUP, DIM, STEPS = 3, 3, 2, 12, 40
-UNQUANTISED = ('dense', 'dense-bounds', 'paged', 'moments', 'few-pages')
 
 
 def empty(config):
@@ -68,12 +67,12 @@ def test_one_launch_appends_like_array_operations(name, interpreted):
   check(name)
 
 
-@pytest.mark.parametrize('name', UNQUANTISED)
+@pytest.mark.parametrize('name', CONFIGS)
 def test_it_appends_beside_queries(name, interpreted):
   check_beside(name)
 
 
-@pytest.mark.parametrize('name', UNQUANTISED)
+@pytest.mark.parametrize('name', CONFIGS)
 @pytest.mark.gpu
 def test_it_appends_beside_queries_on_a_gpu(name):
   assert dispatch.prefers('gpu'), 'an older GPU would compare XLA with itself'
@@ -96,16 +95,6 @@ def check_beside(name):
 
 def beside(cache, *args):
   return cache.append_beside(*args)
-
-
-def test_quantised_keys_are_appended_beside_queries(interpreted):
-  cache = empty(CONFIGS['mixed-int8'])
-  x = jnp.ones((ROWS, 1, HEADS, DIM), jnp.bfloat16)
-  q = jnp.ones((ROWS, 1, GROUP * HEADS, DIM), jnp.bfloat16)
-  at = np.zeros((ROWS, 1), np.int32)
-  got, mine = jax.jit(beside)(cache, q, x, x, at)
-  theirs = jax.jit(_without_kernel)(cache, x, x, at, None)
-  chex.assert_trees_all_equal((got, mine), (q, theirs))
 
 
 @pytest.mark.gpu
@@ -145,15 +134,28 @@ def _without_kernel(*args):
 @pytest.mark.parametrize('name', CONFIGS)
 def test_it_lowers_for_a_gpu(name, monkeypatch):
   monkeypatch.setattr(dispatch, '_order', lambda: ('gpu', 'xla'))
-  tokens = jax.ShapeDtypeStruct((ROWS, 1, HEADS, DIM), jnp.bfloat16)
+  queries, tokens = (
+    jax.ShapeDtypeStruct((ROWS, 1, heads, DIM), jnp.bfloat16)
+    for heads in (GROUP * HEADS, HEADS)
+  )
   rows = jax.ShapeDtypeStruct((ROWS, 1), jnp.int32)
   h100 = jax.sharding.AbstractDevice('NVIDIA H100 80GB HBM3', 132, 'gpu')
   mesh = jax.sharding.AbstractMesh((1,), ('x',), abstract_device=h100)
   with jax.sharding.use_abstract_mesh(mesh):
     jax.export.export(
-      jax.jit(lambda *args: appended(*args, None)),
+      jax.jit(
+        lambda cache, q, *args: (
+          cache.append(*args),
+          cache.append_beside(q, *args),
+        )
+      ),
       platforms=['cuda'],
       disabled_checks=[
         jax.export.DisabledSafetyCheck.custom_call('__gpu$xla.gpu.triton')
       ],
-    )(jax.eval_shape(lambda: empty(CONFIGS[name])), tokens, tokens, rows)
+    )(
+      jax.eval_shape(lambda: empty(CONFIGS[name])),
+      queries,
+      *(tokens,) * 2,
+      rows,
+    )
