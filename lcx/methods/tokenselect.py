@@ -37,7 +37,7 @@ from jaxtyping import Array, Bool, Float
 
 from kernels_pallas.block_sparse import block_sparse, dense_blocks
 from kernels_pallas.passing_block import passing_block
-from kernels_pallas.selected_token import attend_pages
+from kernels_pallas.selected_token import attend_contiguous
 from lcx import cache as caches
 from lcx.cache import CacheShape
 from lcx.cache.base import split
@@ -448,7 +448,13 @@ class TokenSelectDecode(ReuseRules, Decode):
       behind = ctx.count[:, None] - 1 - jnp.arange(q.shape[1], dtype=jnp.int32)
       rank = working.total[:, None] - 1 - jnp.maximum(behind, 0)
       rotated = rope(q, jnp.maximum(rank, 0))
-    part = attend_pages(rotated, *working.pages(), q_positions=seen)
+    part = attend_contiguous(
+      rotated,
+      *working.pages(),
+      working.held,
+      q_positions=seen,
+      out_dtype=shards.part_dtype(q, ctx.axes),
+    )
     return shards.merged(part, ctx.axes).astype(q.dtype), seen
 
   def _counters(self, due, fell_back, lost, ctx: Context):

@@ -128,20 +128,17 @@ class WorkingSet:
 
     return jax.tree.map(pick, self, other)
 
-  def pages(self):
-    """The working set as (pages, ids, starts).
+  def pages(self) -> tuple[Pages, Int32[Array, 'B W']]:
+    """The working set as (pages, starts).
 
     Places are counted from 1, so that the newest token's is `held`.
     """
-    batch, kv_heads, width, dim = self.k.shape
+    batch, _, width, dim = self.k.shape
     shape = (-1, PAGE, dim)
-    # Literals: each would be a launch in every layer, and pages that hold
-    # nothing are none that a query sees.
-    ids = np.arange(batch * kv_heads * (width // PAGE), dtype=np.int32)
-    ids = ids.reshape(batch, kv_heads, -1)
-    starts = ids % (width // PAGE) * PAGE + 1
-    pool = Pages(self.k.reshape(shape), self.v.reshape(shape))
-    return pool, jnp.asarray(ids), jnp.asarray(starts)
+    # A literal: the same broadcast would be a launch in every layer.
+    starts = np.arange(1, width + 1, PAGE, dtype=np.int32)
+    starts = jnp.asarray(np.tile(starts, (batch, 1)))
+    return Pages(self.k.reshape(shape), self.v.reshape(shape)), starts
 
 
 def below(
