@@ -76,6 +76,8 @@ def block_lse(rows, cells, last, factor, *, per_block):
     raise NotImplementedError(reason)
   batch, kv_heads, group, n_rows, f = rows.shape
   n_blocks = cells.shape[2] // per_block
+  # TMA wants blocks in whole tiles of 8: a copy, but of odd lengths alone.
+  cells = pad_to(cells, 2, 8 * per_block)
   flat = rows.reshape(batch * kv_heads, group * n_rows, f)
   flat = pad_to(flat, 1, CLUSTER * TILE_Q)
 
@@ -90,7 +92,7 @@ def block_lse(rows, cells, last, factor, *, per_block):
   ends = jnp.minimum(ends, cells.shape[2] - 1) // CELLS + 1
   lse = _launch(
     flat,
-    cells.reshape(batch * kv_heads, n_blocks, per_block, f),
+    cells.reshape(batch * kv_heads, -1, per_block, f),
     seen,
     of_rows(factor, 1.0),
     ends.astype(jnp.int32),
