@@ -2,7 +2,9 @@
 
 XLA takes three or four launches for it, of which each costs as much as the
 attention of a short list: a maximum, a sum, the weighted sum, a transpose.
-Here it is one, over (row, kv head) and pieces of the head dim.
+Here it is one, over (row, kv head) and pieces of the head dim. A piece is so
+small that one warp holds it of all splits (or several warps, of very many): all
+loads are in flight at once, and sums over splits are shuffles, without barriers.
 """
 
 import jax
@@ -14,7 +16,8 @@ from jaxtyping import Array, Float
 
 from kernels_pallas.partial import Partial
 
-NUMBERS = 4096  # that a program holds at once
+WARP_NUMBERS = 1024  # that a warp holds at once: 32 a lane
+MOST_WARPS = 8
 
 
 def merge_splits(
@@ -39,8 +42,10 @@ def merge_splits(
   """
   b, kv, splits, h, width = out.shape
   wide = pl.next_power_of_2(width)
-  some = min(16, pl.next_power_of_2(splits))  # at a time
-  piece = max(1, min(h, NUMBERS // (some * wide)))
+  most = max(1, MOST_WARPS * WARP_NUMBERS // wide)
+  some = min(pl.next_power_of_2(splits), most)  # splits at a time
+  piece = max(1, min(h, WARP_NUMBERS // (some * wide)))
+  warps = max(1, min(MOST_WARPS, some * wide * piece // WARP_NUMBERS))
 
   def kernel(out_ref, lse_ref, merged_ref, merged_lse_ref):
     at, first = pl.program_id(0), pl.program_id(1) * piece
@@ -97,7 +102,7 @@ def merge_splits(
       jax.ShapeDtypeStruct((b * kv, queries), jnp.float32),
     ),
     grid=(b * kv, h // piece),
-    compiler_params=plgpu.CompilerParams(num_warps=4),
+    compiler_params=plgpu.CompilerParams(num_warps=warps),
     interpret=interpret,
     name='merge_splits',
   )(out.reshape(-1, *out.shape[2:]), lse.reshape(-1, *lse.shape[2:]))
