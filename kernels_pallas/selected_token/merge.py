@@ -4,7 +4,7 @@ XLA takes three or four launches for it, of which each costs as much as the
 attention of a short list: a maximum, a sum, the weighted sum, a transpose.
 Here it is one, over (row, kv head) and pieces of the head dim. A piece is so
 small that one warp holds it of all splits (or several warps, of very many): all
-loads are in flight at once, and sums over splits are shuffles, without barriers.
+loads are in flight at once, and sums over splits are shuffles: no barriers.
 """
 
 import jax
