@@ -36,6 +36,7 @@ ROWS = RESULTS / 'quality_h200.jsonl.xz'
 SPEEDS = RESULTS / 'selector_speed.jsonl'
 TABLES = RESULTS / 'quality_h200.md'
 PLOT = RESULTS / 'selector_tradeoff.png'
+LEAST = 100  # samples of a point of the trade-off
 # Of the plot: all runs of selectors have it.
 TASK = 'niah_multikey_1'
 
@@ -187,14 +188,17 @@ def runs(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def trades(rows: Sequence[Row]) -> list[tuple[Line, list[Row]]]:
-  """A line and its rows for each cell and selector of configs/selectors.py."""
+  """A line and its rows for each cell and selector of configs/selectors.py.
+
+  Of those with `LEAST` samples: a run that ended early has fewer.
+  """
   found = []
   for command, members in runs(rows).items():
     if 'configs/selectors.py' not in command:
       continue
     for line in comparison.compare(members):
       own = [row for row in members if _place(row) == _place_of(line)]
-      if selector(own[0]):
+      if selector(own[0]) and line.n >= LEAST:
         found.append((line, own))
   return found
 

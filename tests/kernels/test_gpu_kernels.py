@@ -225,13 +225,10 @@ def test_interpreted_kernels_equal_the_oracle(group):
 def lowers(function, *specs):
   """Lowers for CUDA on any machine; raises what Pallas has against it."""
   args = [jax.ShapeDtypeStruct(*spec) for spec in specs]
-  jax.export.export(
-    jax.jit(function),
-    platforms=['cuda'],
-    disabled_checks=[
-      jax.export.DisabledSafetyCheck.custom_call('mosaic_gpu_v2')
-    ],
-  )(*args)
+  device = jax.sharding.AbstractDevice('NVIDIA H100 80GB HBM3', 132, 'gpu')
+  mesh = jax.sharding.AbstractMesh((1,), ('one',), abstract_device=device)
+  with jax.sharding.use_abstract_mesh(mesh):
+    jax.jit(function).trace(*args).lower(lowering_platforms=('cuda',))
 
 
 @pytest.mark.h100_aot

@@ -514,8 +514,7 @@ def selector_bytes(name, size, room):
     means = other * K * (piece // 128) * (4 * H + 1)
     return {'all-gather': keys_and_values + means}
   queries = other * piece * (N * H * E + 4 / 16)
-  # Normalisers of a kv head at a time: a loop's operations count once.
-  normalisers = 2 * other / size * 2 * (N // K) * (room // 16) * 4
+  normalisers = 2 * other / size * 2 * N * (room // 16) * 4
   return {
     'all-gather': keys_and_values + queries,
     'all-to-all': other * N * (piece // 128) ** 2 * 4,
