@@ -16,9 +16,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int32
 
+from kernels_pallas import add_norm
 from lcx.engine.sampling import Sampling, sample, stops
 from lcx.methods.base import Axes, Context, Method, Tail, Trace
 from lcx.methods.dense import DensePrefill
+from lcx.models import transformer
 from lcx.models.config import ModelConfig
 from lcx.models.transformer import (
   Weights,
@@ -125,6 +127,16 @@ class Plan:
       sliding_window=self.config.sliding_window,
       trace=self.trace,
       axes=AXES,
+    )
+
+  def add_norm(self, x, delta, scale):
+    """`transformer.add_norm` of few tokens: one launch on a GPU."""
+    eps = self.config.norm_eps
+    if not add_norm.serves(x.shape[-1]):
+      return transformer.add_norm(x, delta, scale, eps)
+    run = functools.partial(add_norm.gpu.add_norm, eps=eps)
+    return self.sharded(run, (_ROWS, _ROWS, P()), (_ROWS, _ROWS))(
+      x, delta, scale
     )
 
   def sharded(self, function, in_specs, out_specs):
@@ -334,7 +346,9 @@ def start_layer(cache: Any, state: Any, *, plan: Plan):
 @functools.partial(jax.jit, static_argnames='plan')
 def _few_tokens_layer(
   layer_weights: Any,
+  next_norm: Float[Array, 'D'],
   x: Float[Array, 'B T D'],
+  y: Float[Array, 'B T D'],
   cache: Any,
   state: Any,
   lengths: Int32[Array, 'B'],
@@ -345,7 +359,11 @@ def _few_tokens_layer(
   *,
   plan: Plan,
 ):
-  """One layer over few tokens; jitted so that L layers are traced once."""
+  """One layer over few tokens; jitted so that L layers are traced once.
+
+  It begins with y, its input x normalised, and ends with the norm of what comes
+  after it: residual sums and norms are pairs, of which each may be one launch.
+  """
   rope = make_rope(plan.config)
   steps = jnp.arange(x.shape[1], dtype=jnp.int32)
 
@@ -367,26 +385,37 @@ def _few_tokens_layer(
 
   heads = P(AXES.data, None, AXES.model)
   cache_specs, state_specs = plan.cache_specs(), plan.state_specs()
-  q, k, v = attention_inputs(layer_weights, x, plan.config)
+  q, k, v = transformer.projections(layer_weights, y, plan.config)
   out, cache, state, sums = plan.sharded(
     attend,
     (heads, heads, heads, cache_specs, state_specs)
     + (_ROWS, _ROWS, _ROWS, P(), P()),
     (heads, cache_specs, state_specs, _ROWS),
   )(q, k, v, cache, state, lengths, tail, count, layer, seed)
-  return layer_output(layer_weights, x, out, plan.config), cache, state, sums
+  out = transformer.attention_output(layer_weights, x, out)
+  x, y = plan.add_norm(x, out, layer_weights['ff_norm'])
+  out = transformer.feed_forward(layer_weights, y)
+  x, y = plan.add_norm(x, out, next_norm)
+  return x, y, cache, state, sums
 
 
 def _few_tokens(
   weights, caches, states, tokens, lengths, tail, count, seed, plan
 ):
-  """Few tokens through all layers: (x [B T D], caches, states, sums)."""
+  """Few tokens through all layers: (y [B T D], caches, states, sums).
+
+  y has passed the last norm.
+  """
   x = plan.place(embed(weights.embed, tokens, plan.config), AXES.data)
+  norms = [w['attention_norm'] for w in weights.layers] + [weights.head['norm']]
+  y = transformer.rms_norm(x, norms[0], plan.config.norm_eps)
   caches, states, totals = list(caches), list(states), []
   for i, layer_weights in enumerate(weights.layers):
-    x, caches[i], states[i], sums = _few_tokens_layer(
+    x, y, caches[i], states[i], sums = _few_tokens_layer(
       layer_weights,
+      norms[i + 1],
       x,
+      y,
       caches[i],
       states[i],
       lengths,
@@ -400,9 +429,9 @@ def _few_tokens(
     # Without it XLA's GPU compiler sums all earlier layers' outputs anew in
     # every norm: kernels of 2 L operands, and a compilation that grows with L
     # squared.
-    x = jax.lax.optimization_barrier(x)
+    x, y = jax.lax.optimization_barrier((x, y))
   sums = jax.tree.map(lambda *s: sum(s), *totals)
-  return x, tuple(caches), tuple(states), sums
+  return y, tuple(caches), tuple(states), sums
 
 
 @functools.partial(jax.jit, static_argnames='plan')
@@ -434,12 +463,14 @@ def few_tokens(
   Returns:
     (logits [B V] of each row's last valid token, caches, states, sums).
   """
-  x, caches, states, sums = _few_tokens(
+  y, caches, states, sums = _few_tokens(
     weights, caches, states, tokens, lengths, tail, count, seed, plan
   )
-  last = jnp.maximum(count - 1, 0)
-  x = jnp.take_along_axis(x, last[:, None, None], axis=1)
-  scores = plan.place(logits(weights, x, plan.config)[:, 0], AXES.data)
+  if tokens.shape[1] > 1:
+    last = jnp.maximum(count - 1, 0)
+    y = jnp.take_along_axis(y, last[:, None, None], axis=1)
+  scores = transformer.unembed(weights, y, plan.config)
+  scores = plan.place(scores[:, 0], AXES.data)
   return scores, caches, states, sums
 
 
@@ -447,10 +478,11 @@ def every_logits(
   weights, caches, states, tokens, lengths, tail, count, seed, *, plan: Plan
 ):
   """As `few_tokens`, with the logits [B T V] after every token."""
-  x, caches, states, sums = _few_tokens(
+  y, caches, states, sums = _few_tokens(
     weights, caches, states, tokens, lengths, tail, count, seed, plan
   )
-  scores = plan.place(logits(weights, x, plan.config), AXES.data)
+  scores = transformer.unembed(weights, y, plan.config)
+  scores = plan.place(scores, AXES.data)
   return scores, caches, states, sums
 
 

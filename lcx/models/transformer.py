@@ -5,7 +5,9 @@ of plain arrays. Everything else here is a pure function of it, called inside
 the caller's jit. Attention is no part of a layer's functions: the caller takes
 q, k, v from `attention_inputs`, attends, and hands the result to
 `layer_output`. All layers have one structure, so that a jitted function of one
-layer compiles once for all of them.
+layer compiles once for all of them. Both are made of `projections`,
+`attention_output`, `add_norm` and `feed_forward`, for callers that add and
+normalise in another way.
 
 Layout. Matrices are stored inputs last, so that products of one token read
 rows. q, k and v are one matrix [K G+2 H D]: kv head by kv head, its G query
@@ -33,16 +35,22 @@ from lcx.models.rope import make_rope
 __all__ = [
   'Weights',
   'abstract',
+  'add_norm',
   'attention_inputs',
+  'attention_output',
   'dense_attention',
   'embed',
+  'feed_forward',
   'forward',
   'init',
   'layer_output',
   'logits',
   'make_rope',
   'merge_qkv',
+  'projections',
+  'rms_norm',
   'split_qkv',
+  'unembed',
   'weight_specs',
 ]
 
@@ -229,6 +237,17 @@ def rms_norm(x: Float[Array, '... D'], scale: Float[Array, 'D'], eps: float):
   return (wide * inverse * scale.astype(jnp.float32)).astype(x.dtype)
 
 
+def add_norm(
+  x: Float[Array, 'B T D'],
+  delta: Float[Array, 'B T D'],
+  scale: Float[Array, 'D'],
+  eps: float,
+) -> tuple[Float[Array, 'B T D'], Float[Array, 'B T D']]:
+  """The sum of x and delta, and its `rms_norm`."""
+  x = x + delta
+  return x, rms_norm(x, scale, eps)
+
+
 def split_qkv(qkv: Float[Array, '*R K C H']):
   """Joint projection to q [*R K*G H], k [*R K H], v [*R K H]."""
   *rows, heads, width, dim = qkv.shape
@@ -263,6 +282,14 @@ def attention_inputs(
   """
   with jax.named_scope('attention_inputs'):
     x = rms_norm(x, layer['attention_norm'], config.norm_eps)
+  return projections(layer, x, config)
+
+
+def projections(
+  layer: dict[str, jax.Array], x: Float[Array, 'B T D'], config: ModelConfig
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """`attention_inputs` of an input that is normalised already."""
+  with jax.named_scope('attention_inputs'):
     # Matrices have two axes, or XLA's CPU compiler transposes the weights at
     # every call.
     qkv = _einsum('btd,od->bto', x, layer['qkv'].reshape(-1, config.d_model))
@@ -316,16 +343,32 @@ def layer_output(
 
 
 def _layer_output(layer, x, attention, config):
+  delta = attention_output(layer, x, attention)
+  x, y = add_norm(x, delta, layer['ff_norm'], config.norm_eps)
+  return x + feed_forward(layer, y)
+
+
+def attention_output(
+  layer: dict[str, jax.Array],
+  x: Float[Array, 'B T D'],
+  attention: Float[Array, 'B T N H'],
+) -> Float[Array, 'B T D']:
+  """Output projection, as x is, to which it is not added yet."""
   with jax.named_scope('attention_output'):
     attention = attention.astype(x.dtype).reshape(*x.shape[:2], -1)
     o = layer['o'].reshape(x.shape[-1], -1)
-    x = x + _einsum('btm,dm->btd', attention, o)
+    return _einsum('btm,dm->btd', attention, o)
+
+
+def feed_forward(
+  layer: dict[str, jax.Array], x: Float[Array, 'B T D']
+) -> Float[Array, 'B T D']:
+  """Gated feed-forward of a normalised x, not added to the residual yet."""
   with jax.named_scope('feed_forward'):
-    y = rms_norm(x, layer['ff_norm'], config.norm_eps)
-    y = _einsum('btd,od->bto', y, layer['gate_up'].reshape(-1, x.shape[-1]))
+    y = _einsum('btd,od->bto', x, layer['gate_up'].reshape(-1, x.shape[-1]))
     y = y.reshape(*x.shape[:2], -1, 2)
     y = jax.nn.silu(y[..., 0]) * y[..., 1]
-    return x + _einsum('btf,df->btd', y, layer['down'])
+    return _einsum('btf,df->btd', y, layer['down'])
 
 
 def logits(
@@ -334,6 +377,14 @@ def logits(
   """Last norm and output matrix, float32. Give it only the positions asked."""
   with jax.named_scope('logits'):
     x = rms_norm(x, weights.head['norm'], config.norm_eps)
+  return unembed(weights, x, config)
+
+
+def unembed(
+  weights: Weights, x: Float[Array, 'B T D'], config: ModelConfig
+) -> Float[Array, 'B T V']:
+  """`logits` of an x that is normalised already."""
+  with jax.named_scope('logits'):
     source = weights.embed if config.tie_embeddings else weights.head
     return _einsum('btd,vd->btv', x, source['table'], jnp.float32)
 
