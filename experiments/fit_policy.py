@@ -45,7 +45,7 @@ _SELECTED = re.compile(r'(\w+) (1/\d+) of (\w+), (density [\d.]+)')
 
 
 def committed() -> list[pathlib.Path]:
-  """Files of rows that present code gave."""
+  """Files of rows that stand; each row names the revision that gave it."""
   found = sorted(RESULTS.glob('*.jsonl'))
   return [path for path in found if not path.name.startswith('superseded')]
 

@@ -25,7 +25,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments import comparison
+from experiments import comparison, selector_bench
 from experiments.comparison import BASELINE, Line
 from experiments.plots import MARKERS, tidy
 from experiments.report import difference, labelled, markdown_table, number
@@ -208,6 +208,9 @@ def selector(row: Row) -> str:
   part, _, numbers = row['prefill'].partition('(')
   stride = re.search(r'\bstride=(\d+)', numbers)
   name = _SELECTORS.get(part, '')
+  similarity = re.search(r'\bsimilarity=([-\d.]+)', numbers)
+  if similarity and float(similarity[1]) > selector_bench.SIMILARITY:
+    return f'{name} of similarity {similarity[1]}'  # not as it was timed
   return f'{name}_{stride[1]}' if stride else name
 
 

@@ -1,7 +1,8 @@
 """The inner loop of prompt attention on Hopper, shared by two families.
 
-One program attends 128 query rows of one head over a stream of key tiles. A
-plan, made in XLA, names the tiles; the kernel only follows it:
+One program attends 128 query rows over a stream of key tiles, of one head or of
+the heads of a group one after the other. A plan, made in XLA, names the tiles;
+the kernel only follows it:
 
   full tiles     every row sees every key: no mask at all;
   masked tiles   row t sees key s iff  s < stop[t]  and

@@ -3,9 +3,8 @@
 The search is for a number, not an order: floats map to integers of the same
 order, each pass cuts the interval in three by counting what lies above two
 thresholds (in the halves of one integer: one reduction), and ends as soon as
-exactly n lie above one: 5 to 12 passes on average for 2K to 16K normal or
-log-normal scores, 16 at most seen. Compaction in place of a sort gives what was
-chosen in the order in which it stood.
+exactly n lie above one. Compaction in place of a sort gives what was chosen in
+the order in which it stood.
 
 Candidates come as a list of vectors of lanes: a lane's candidates follow one
 another, one in each vector, so that one scan over lanes counts them all.

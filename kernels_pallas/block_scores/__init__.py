@@ -10,6 +10,7 @@ scores themselves are never stored.
 """
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from kernels_pallas import dispatch
@@ -54,6 +55,8 @@ def block_lse(
     raise ValueError(f'{last.shape=} and {factor.shape=} must be {want}')
   if per_block < 1 or cells.shape[2] % per_block:
     raise ValueError(f'{per_block=} must divide {cells.shape[2]} cells')
+  # A selection: nothing is learnt through it.
+  rows, cells = lax.stop_gradient((rows, cells))
   args = rows, cells, last, factor.astype(jnp.float32)
   run = dispatch.choose(
     implementation, 'block_scores', 'block_lse', *args, per_block=per_block

@@ -76,7 +76,7 @@ def block_lse(rows, cells, last, factor, *, per_block):
     raise NotImplementedError(reason)
   batch, kv_heads, group, n_rows, f = rows.shape
   n_blocks = cells.shape[2] // per_block
-  # TMA wants blocks in whole tiles of 8: a copy, but of odd lengths alone.
+  # TMA wants blocks in whole tiles of 8: a copy, where there are others.
   cells = pad_to(cells, 2, 8 * per_block)
   flat = rows.reshape(batch * kv_heads, group * n_rows, f)
   flat = pad_to(flat, 1, CLUSTER * TILE_Q)

@@ -1,6 +1,7 @@
 """block_lse in plain XLA: one matrix product a head and range of cells.
 
-Scores are kept in the rows' dtype, a tile at a time.
+Scores are kept in the rows' dtype, a tile at a time; those of float16, which
+might be above its largest number, in float32.
 """
 
 import jax.numpy as jnp
@@ -55,6 +56,7 @@ def _head(q, k, head, end, last, factor, per_block):
   n_tiles = -(-end // tile)
   q = q.reshape(group * n_rows, f)
   exact = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+  kept = jnp.float32 if q.dtype == jnp.float16 else q.dtype
 
   def one(i):
     # The last tile is moved back; what it shares with the one before is
@@ -62,7 +64,7 @@ def _head(q, k, head, end, last, factor, per_block):
     first = jnp.minimum(i * tile, end - tile)
     keys = lax.dynamic_slice(k, (head, first, 0), (1, tile, f))[0]
     score = jnp.einsum(
-      'mf,cf->mc', q, keys, precision=exact, preferred_element_type=q.dtype
+      'mf,cf->mc', q, keys, precision=exact, preferred_element_type=kept
     ).reshape(group, n_rows, tile)
     seen = first + jnp.arange(tile) <= last[:, None]
     score = jnp.where(

@@ -105,6 +105,8 @@ def refuse(
   most = best_in_order.MOST
   if dim not in (64, 128, 256):
     return f'head dim {dim} is not one of 64, 128, 256'
+  if keys.k.size >= 2**31 and keys.k.dtype.itemsize == 1:
+    return f'{keys.k.size} codes, whose offsets 32 bits do not hold'
   if heads * dim > 2**15 or voters // kv > 64:
     return f'{heads} heads of {dim}, {voters} voters: too many for a program'
   if width > 2**14:

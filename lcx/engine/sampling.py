@@ -1,4 +1,7 @@
-"""Choosing the next token; every setting is data, one value a row."""
+"""Choosing the next token; settings are data, one value a row.
+
+But for whether any row draws at all: a batch that does has its own program.
+"""
 
 import dataclasses
 

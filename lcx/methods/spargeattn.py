@@ -36,7 +36,8 @@ class SpargePrefill(BlockPrefill):
 
   @property
   def measured_as(self) -> str:
-    return 'sparge'
+    # Measured with every block's mean trusted; others list more.
+    return 'sparge' if self.similarity <= -0.1 else ''
 
   def full_budget(self, length: int) -> dict[str, Any]:
     return {'threshold': 1.0, 'density': None}

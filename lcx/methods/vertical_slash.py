@@ -35,10 +35,6 @@ class VerticalSlashPrefill(BlockPrefill):
   diagonals: int = 6096
   window: int = 64
 
-  @property
-  def measured_as(self) -> str:
-    return 'vertical_slash'
-
   def full_budget(self, length: int) -> dict[str, Any]:
     return {'columns': max(length, 1)}
 

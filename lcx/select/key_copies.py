@@ -40,7 +40,10 @@ class KeyCopies:
 
   def refreshed(self, cache, last: int) -> Self:
     """With the cache's `last` newest tokens, which may be new, copied again."""
-    if last == 1 and isinstance(cache, DenseCache) and dispatch.prefers('gpu'):
+    # In place: head dims of whole vectors, offsets that 32 bits hold.
+    fits = self.codes.shape[-1] in (64, 128, 256) and self.codes.size < 2**31
+    fits &= last == 1 and isinstance(cache, DenseCache)
+    if fits and dispatch.prefers('gpu'):
       return type(self)(
         *selection_cache.copied(self.codes, self.scale, cache.k, cache.used)
       )

@@ -128,6 +128,8 @@ def xattention(
   rows = min(_ROWS // group, kept) // shards
   chunk = max(1, min(rows // per_block, tb))
   cells = k.reshape(batch, kv_heads, s // stride, stride * h)
+  # Once, not for every chunk: the Hopper kernel reads whole tiles of 8 blocks.
+  cells = padded(cells, 2, 8 * block_k // stride)
   if threshold is not None:
     threshold = jnp.asarray(threshold, jnp.float32)
     if threshold.ndim:
@@ -144,7 +146,16 @@ def xattention(
       gather = functools.partial(lax.all_gather, axis_name=axis, tiled=True)
       piece, start = gather(piece, axis=3), gather(start, axis=1)
     mass = _block_mass(
-      piece, cells, start, lengths, stride, block_q, block_k, scale, axis
+      piece,
+      cells,
+      start,
+      lengths,
+      n_cells=s // stride,
+      stride=stride,
+      block_q=block_q,
+      block_k=block_k,
+      scale=scale,
+      axis=axis,
     )
     if shards > 1:  # rows return to their queries, columns come together
       mass = lax.all_to_all(mass, axis, 3, 4, tiled=True)
@@ -186,6 +197,8 @@ def _block_mass(
   cells: Float[Array, 'B K C F'],
   start: Int32[Array, 'B R'],
   lengths: Int32[Array, 'B'],
+  *,
+  n_cells: int,
   stride: int,
   block_q: int,
   block_k: int,
@@ -194,7 +207,8 @@ def _block_mass(
 ) -> Float[Array, 'B K G c Sb']:
   """Softmax mass of key blocks, a mean over the rows of a query block.
 
-  With `axis`, cells are this shard's: its columns of the mass come back.
+  The first `n_cells` cells are keys. With `axis` they are this shard's: its
+  columns of the mass come back.
   """
   n_valid = jnp.clip(lengths[:, None] - start, 0, stride)  # queries in a row
   # The last cell that a row sees. A cell that padding cuts is not seen: its
@@ -204,14 +218,14 @@ def _block_mass(
   )
   last = jnp.where(n_valid > 0, last, -1)
   if axis is not None:
-    last = last - lax.axis_index(axis) * cells.shape[2]
+    last = last - lax.axis_index(axis) * n_cells
   lse = block_lse(
     rows,
     cells,
     last,
     scale / jnp.maximum(n_valid, 1),
     per_block=block_k // stride,
-  )
+  )[..., : n_cells * stride // block_k]
   best = jnp.max(lse, axis=-1)
   if axis is not None:
     best = lax.pmax(best, axis)

@@ -100,7 +100,12 @@ class Needles(Task):
     return Draft(system, context, questions)
 
   def _needle(self, key: str, value: str) -> str:
-    return f'The {self.called} of {key} is {value}.'
+    # "The" four times, with four values, would contradict itself, and models
+    # answer with one of them.
+    one = (
+      f'One of the {self.called}s' if self.values > 1 else f'The {self.called}'
+    )
+    return f'{one} of {key} is {value}.'
 
   def _hide(
     self,
