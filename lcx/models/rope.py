@@ -15,8 +15,6 @@ from jaxtyping import Array, Float, Int
 
 from lcx.models.config import ModelConfig, RopeConfig
 
-_FEW = 16  # tokens of a decode step at most
-
 Rope = Callable[[Float[Array, 'B T heads H'], Int[Array, 'B T']], jax.Array]
 
 
@@ -50,10 +48,6 @@ def make_rope(config: ModelConfig, length: int | None = None) -> Rope:
       angle = positions[:, :, None] * freqs  # [B T H/2]
       cos = (jnp.cos(angle) * factor)[:, :, None, :]
       sin = (jnp.sin(angle) * factor)[:, :, None, :]
-      if x.shape[1] <= _FEW:
-        # One pair for all layers of a decode step: XLA's GPU compiler would
-        # compute sines anew in every kernel that rotates.
-        cos, sin = jax.lax.optimization_barrier((cos, sin))
       a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
       out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
       return out.astype(x.dtype)
