@@ -43,7 +43,6 @@ __all__ = [
 ]
 
 MAX_QUERIES = 16
-UNUSED = 2**30  # a start that is never visible
 
 
 def contiguous(

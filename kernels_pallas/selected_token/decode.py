@@ -22,6 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.keys import NEVER
 from kernels_pallas.mosaic_gpu import LOG2E, tiled
 from kernels_pallas.selected_token.codes import (
   FINE,
@@ -33,7 +34,6 @@ from kernels_pallas.selected_token.codes import (
 
 KEY = plgpu.Layout.WGMMA.reduce(1)  # one number a key
 QUERY = plgpu.Layout.WGMMA.reduce(0)  # one number a query
-UNUSED = 2**30  # a page that starts there is never visible
 # What a tile brings along: with the keys, and with the values.
 K_PARTS = {'k', 'k_scale', 'k_zero', 'position'}
 V_PARTS = {'v', 'v_scale', 'v_zero'}
@@ -220,7 +220,7 @@ def decode(
       starts_now = starts_of(tile)
       if ids is not None:
         listed = zip(ids_of(tile), starts_now)
-        starts_now = [jnp.where(i < 0, UNUSED, start) for i, start in listed]
+        starts_now = [jnp.where(i < 0, NEVER, start) for i, start in listed]
       ahead = jnp.minimum(e + stages, count - 1)
       ids_next = ids_of(begin + ahead)
       offset = lax.rem(tile, jnp.int32(cut)) * keys if cut > 1 else 0

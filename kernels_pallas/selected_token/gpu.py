@@ -12,9 +12,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from kernels_pallas import dispatch, mosaic_gpu
-from kernels_pallas.keys import Pages
+from kernels_pallas.keys import NEVER, Pages
 from kernels_pallas.partial import Partial, merge_axis
-from kernels_pallas.selected_token.decode import UNUSED, decode
+from kernels_pallas.selected_token.decode import decode
 from kernels_pallas.selected_token.merge import merge_splits
 from kernels_pallas.selected_token.rows import kv_heads
 
@@ -26,7 +26,6 @@ MOST_QUERIES = {16: 64, 8: 32, 4: 32}
 # a deep ring suffices. Codes cost instructions: two programs hide each other's
 # latency.
 PROGRAMS = {16: 1, 8: 2, 4: 2}
-MULTIPROCESSORS = 132
 SHARED_BYTES = 224 * 1024
 OTHER_BYTES = 4 * 1024  # of a program: reductions, barriers, the system's own
 # Lists longer than this many tiles a split are cut at their used length, which
@@ -185,7 +184,7 @@ def attend_tokens(
   b, kv, _ = rows.shape
   rows = mosaic_gpu.pad_to(rows + 1, 2, GATHERED) - 1
   positions = mosaic_gpu.pad_to(positions, 2, GATHERED)
-  positions = jnp.where(rows < 0, UNUSED, positions)
+  positions = jnp.where(rows < 0, NEVER, positions)
   rows = jnp.maximum(rows, 0)
 
   def gather(x):
@@ -231,7 +230,7 @@ def _attend(
   most = MOST_QUERIES[pages.bits] // (1 if h <= 128 else 2)
   wide = min(most, -(-t * group // 8) * 8)
   blocks = -(-t * group // wide)
-  programs = MULTIPROCESSORS * PROGRAMS[pages.bits]
+  programs = mosaic_gpu.MULTIPROCESSORS * PROGRAMS[pages.bits]
   splits = sizes.splits or max(1, programs // (b * kv * blocks))
   keys = sizes.keys
   if not keys:
@@ -245,7 +244,7 @@ def _attend(
     ids = mosaic_gpu.pad_to(ids + 1, 2, joined) - 1
     starts = mosaic_gpu.pad_to(starts, 2, joined)
   elif starts.shape[2] % joined:
-    starts = mosaic_gpu.pad_to(starts - UNUSED, 2, joined) + UNUSED
+    starts = mosaic_gpu.pad_to(starts - NEVER, 2, joined) + NEVER
   tiles = starts.shape[2] * pages.page // keys
   if sink is not None and not sizes.splits and tiles > splits * LONG_SPLIT:
     # The programs of streaming heads end at once: with twice as many, those of

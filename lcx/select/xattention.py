@@ -85,7 +85,8 @@ def xattention(
       live: queries travel, masses come back; the lists are the unsharded ones.
 
   Returns:
-    The lists, the captured mass and what the width cut off.
+    The lists, the captured mass and what the width cut off. Queries and keys
+    that no block divides are copied, which takes their memory again.
 
   Raises:
     ValueError: a budget outside (0, 1] (of an array: where its values are
