@@ -55,14 +55,14 @@ class CommonWords(Task):
     short = length < 4096
     # The benchmark's example: 40 words, 10 and 3 times; 20 words, 3 and 1.
     others, many, few = (10, 3, 1) if short else (30, 10, 3)
-    system = (
-      'Below is a numbered list of words. Some of them come up often.\n\n'
-    )
+    told = 'Below is a numbered list of words. Some of them come up often.\n\n'
+    system = told
     for i in range(self.shots):
       text, question = self._list(others, many, few, draw(f'shot {i}'))
+      # Told again: else the example's list seems to go on.
       system += (
         f'{text}{question.text}\n{question.answer_prefix} '
-        f'{", ".join(question.answers)}.\n\n'
+        f'{", ".join(question.answers)}.\n\n{told}'
       )
     often = min(self.often, 6) if short else self.often
     seldom = min(self.seldom, 1) if short else self.seldom

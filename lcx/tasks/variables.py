@@ -47,11 +47,13 @@ class Variables(Task):
     ]
     chains = max(self.chains, self.questions)
     context, questions = self._text(size, chains, 5, draw('task'))
-    system = (
+    told = (
       'Follow the assignments hidden in the text below. A question about '
       'them follows the text.\n\n'
     )
-    return Draft(system + ''.join(shots), context, questions[: self.questions])
+    # Told again after an example: else its text seems to go on.
+    system = told + ''.join(shot + told for shot in shots)
+    return Draft(system, context, questions[: self.questions])
 
   def _solved(self, size: int, rng: random.Random) -> str:
     context, (question, *_) = self._text(size, self.chains, 3, rng)
