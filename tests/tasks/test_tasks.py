@@ -339,7 +339,7 @@ def test_streams_do_not_depend_on_the_process():
     for name in names
   ] == [
     '37b73bf0caf355c1',
-    'e510a0f183feb870',
+    '2dabfc6e2ff4dbd4',
     'b974b64e97ca3191',
     '83cb9e22a1895df7',
   ]
