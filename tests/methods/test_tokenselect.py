@@ -438,7 +438,7 @@ def test_extrapolation_at_full_budget_is_dense():
 @pytest.mark.parametrize(
   'fields',
   [
-    {'positions': 'rank'},
+    pytest.param({'positions': 'rank'}, marks=pytest.mark.long),
     pytest.param(
       {'scoring': 'pruned', 'vote': 'top_k', 'scored': 64},
       marks=pytest.mark.long,
