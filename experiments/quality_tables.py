@@ -25,11 +25,12 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments import comparison, selector_bench
+from experiments import comparison
 from experiments.comparison import BASELINE, Line
 from experiments.plots import MARKERS, tidy
 from experiments.report import difference, labelled, markdown_table, number
 from experiments.results import Row, write_file
+from lcx.methods.spargeattn import ALL_TRUSTED
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
 ROWS = RESULTS / 'quality_h200.jsonl.xz'
@@ -209,7 +210,7 @@ def selector(row: Row) -> str:
   stride = re.search(r'\bstride=(\d+)', numbers)
   name = _SELECTORS.get(part, '')
   similarity = re.search(r'\bsimilarity=([-\d.]+)', numbers)
-  if similarity and float(similarity[1]) > selector_bench.SIMILARITY:
+  if similarity and float(similarity[1]) > ALL_TRUSTED:
     return f'{name} of similarity {similarity[1]}'  # not as it was timed
   return f'{name}_{stride[1]}' if stride else name
 

@@ -28,6 +28,7 @@ from experiments.kernel_bench import (
   Case,
 )
 from kernels_pallas import block_sparse
+from lcx.methods.spargeattn import ALL_TRUSTED
 from lcx.select.audit import listed_keys, sampled_mass
 from lcx.select.sparge import sparge
 from lcx.select.vertical_slash import vertical_slash
@@ -40,7 +41,6 @@ SELECTORS = (
   'sparge',
   'vertical_slash_128_256',
 )
-SIMILARITY = -0.1  # of sparge: every block's mean is trusted
 
 
 def inputs(tokens: int, seed: int = 0) -> tuple[Array, Array, Array]:
@@ -88,7 +88,7 @@ def selector(name: str, density: float | None, threshold: float | None = None):
       )
     where |= {'density': density, 'threshold': threshold}
     if name == 'sparge':
-      return sparge(q, k, similarity=SIMILARITY, **where)
+      return sparge(q, k, similarity=ALL_TRUSTED, **where)
     return xattention(q, k, stride=int(name.rpartition('_')[2]), **where)
 
   return select

@@ -19,6 +19,10 @@ from lcx.methods.dense import DenseDecode
 from lcx.select.block_rows import Selected, check_budget
 from lcx.select.sparge import sparge
 
+# Similarity at which every block's mean is trusted, as it was measured
+# (experiments/selector_bench.py); above it, other blocks are listed, too.
+ALL_TRUSTED = -0.1
+
 
 @dataclasses.dataclass(frozen=True)
 class SpargePrefill(BlockPrefill):
@@ -36,8 +40,7 @@ class SpargePrefill(BlockPrefill):
 
   @property
   def measured_as(self) -> str:
-    # Measured with every block's mean trusted; others list more.
-    return 'sparge' if self.similarity <= -0.1 else ''
+    return 'sparge' if self.similarity <= ALL_TRUSTED else ''
 
   def full_budget(self, length: int) -> dict[str, Any]:
     return {'threshold': 1.0, 'density': None}

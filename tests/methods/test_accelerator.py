@@ -21,7 +21,6 @@ from lcx.models import transformer
 from lcx.models.presets import PRESETS
 
 LENGTH, CAPACITY, NEW = 1000, 1088, 12
-PROMPTS = 0, 1, 2
 CONFIG = PRESETS['smollm2_135m'].replace(
   n_layers=4, vocab_size=1024, dtype='bfloat16'
 )
@@ -41,15 +40,15 @@ def weights():
     return jax.device_get(transformer.init(CONFIG, jax.random.key(0)))
 
 
-def make_engine(method, device, config=CONFIG) -> Engine:
+def make_engine(method, device) -> Engine:
   with jax.default_device(device):
     return Engine(
-      config, weights(), method, capacity=CAPACITY, mesh=one_device(device)
+      CONFIG, weights(), method, capacity=CAPACITY, mesh=one_device(device)
     )
 
 
-def prompt(seed) -> Prompt:
-  draw = np.random.default_rng(seed)
+def prompt() -> Prompt:
+  draw = np.random.default_rng(0)
 
   def tokens(n):
     return draw.integers(0, CONFIG.vocab_size, n).astype(np.int32)
@@ -64,42 +63,23 @@ def closeness(got, want) -> float:
   )
 
 
-def said(engine, seed, tokens):
-  """Logits behind the prompt, and behind these tokens after it."""
-  session = engine.prefill([prompt(seed)], 0)
-  first = np.asarray(session.scores)
-  for token in tokens:
-    engine.extend(session, [jnp.asarray([token], jnp.int32)])
-  return first, np.asarray(session.scores)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize('name', methods.names())
 def test_says_what_the_cpu_says(name, monkeypatch):
-  """As closely as rounding leaves it: what a float32 CPU says is the measure.
-
-  Of random weights, methods that choose single tokens turn on near ties.
-  """
   method = methods.get_method(name).at_tight_budget(LENGTH)
   engine = make_engine(method, jax.devices()[0])
-  answers = []
-  for seed in PROMPTS:
-    session = engine.prefill([prompt(seed)], 0)
-    first = np.asarray(session.scores)
-    tokens, status = engine.decode(session, NEW)
-    assert status == ['ok']
-    answers.append((first, np.asarray(session.scores), tokens[0]))
+  session = engine.prefill([prompt()], 0)
+  first = np.asarray(session.scores)
+  tokens, status = engine.decode(session, NEW)
+  assert status == ['ok']
+  last = np.asarray(session.scores)
 
   monkeypatch.setattr(dispatch, '_order', lambda: ('xla',))
   jax.clear_caches()
-  apart, rounding = np.zeros((2, len(PROMPTS), 2))
   with jax.default_device(jax.devices('cpu')[0]):
-    on_cpu = functools.partial(make_engine, method, jax.devices('cpu')[0])
-    engine, exact = on_cpu(), on_cpu(CONFIG.replace(dtype='float32'))
-    for i, (*got, tokens) in enumerate(answers):
-      want = said(engine, PROMPTS[i], tokens)
-      true = said(exact, PROMPTS[i], tokens)
-      apart[i] = [1 - closeness(*pair) for pair in zip(got, want)]
-      rounding[i] = [1 - closeness(*pair) for pair in zip(true, want)]
-  limit = 0.005 + 2 * rounding.mean(axis=0)
-  assert np.all(apart.mean(axis=0) < limit), (apart, rounding)
+    engine = make_engine(method, jax.devices('cpu')[0])
+    session = engine.prefill([prompt()], 0)
+    assert closeness(first, session.scores) > 0.99
+    for token in tokens[0]:
+      engine.extend(session, [jnp.asarray([token], jnp.int32)])
+    assert closeness(last, session.scores) > 0.99
