@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from kernels_pallas.block_choice import choose, to_list
 from kernels_pallas.keys import NEVER, Pages
 from lcx.select import window
-from lcx.select.block_rows import choose, to_list
 
 _TILE = 65536  # tokens read at a time
 

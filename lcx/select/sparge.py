@@ -20,18 +20,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
+from kernels_pallas.block_choice import choose_blocks
 from lcx.select.block_rows import (
-  Chunk,
   Selected,
   blocks_at_density,
   by_chunks,
   check_budget,
-  choose,
   list_width,
   padded,
   rows_at,
-  share,
-  to_list,
 )
 
 # Query blocks at a time: float32 elements of all heads' scores (16 MiB).
@@ -157,15 +154,11 @@ def sparge(
     budget = jnp.where(similar[..., None], budget, sb)
     if threshold is not None:
       rule['threshold'] = jnp.where(similar[..., None], threshold, 1.0)
-    chosen = choose(score, limit=jnp.minimum(budget, width), **rule)
     mute = ~jnp.any(reachable & trusted, axis=-1, keepdims=True)
     mass = jnp.where(mute, reachable.astype(score.dtype), score)
-    captured = share(mass, chosen)
-    cut = jnp.zeros_like(captured)
-    if width < sb:
-      whole = share(mass, choose(score, limit=budget, **rule))
-      cut = jnp.maximum(whole - captured, 0.0)
-    return Chunk(*to_list(chosen, width), captured, cut)
+    return choose_blocks(
+      score, budget=budget, width=width, mass=mass, bounded=width < sb, **rule
+    )
 
   return by_chunks(
     make,

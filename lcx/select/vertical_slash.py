@@ -28,19 +28,16 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
+from kernels_pallas.block_choice import choose, choose_blocks
 from kernels_pallas.keys import NEVER
 from lcx.select import window
 from lcx.select.block_rows import (
-  Chunk,
   Rows,
   Selected,
   by_chunks,
-  choose,
   list_width,
   padded,
   rows_at,
-  share,
-  to_list,
 )
 
 _TILE = 65536  # keys read at a time
@@ -153,14 +150,16 @@ def vertical_slash(
     reachable = rows.reachable(sb, block_k)[:, None, None]
     forced = rows.forced(sb, block_k)[:, None, None]
     marked = (marked & reachable) | forced
-    weight = jnp.where(marked, weight, 0.0)
-    forced = jnp.broadcast_to(forced, marked.shape)
-    chosen = choose(weight, reachable=marked, forced=forced, limit=width)
     mass = _row_mass(seen[0], seen[1], rows, block_k)
-    mass = jnp.where(reachable, mass, 0.0)
-    captured = share(mass, chosen)
-    cut = share(mass, marked & ~chosen)
-    return Chunk(*to_list(chosen, width), captured, cut)
+    return choose_blocks(
+      jnp.where(marked, weight, 0.0),
+      reachable=marked,
+      forced=forced,
+      budget=sb,
+      width=width,
+      mass=jnp.where(reachable, mass, 0.0),
+      bounded=width < sb,
+    )
 
   return by_chunks(
     make,

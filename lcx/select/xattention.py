@@ -22,20 +22,17 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from kernels_pallas.block_choice import Listed, choose_blocks
 from kernels_pallas.block_scores import block_lse
 from lcx.select.block_rows import (
-  Chunk,
   Rows,
   Selected,
   blocks_at_density,
   by_chunks,
   check_budget,
-  choose,
   list_width,
   padded,
   rows_at,
-  share,
-  to_list,
 )
 
 # Rows of Q~ of a kv head in one matrix product: more no longer help.
@@ -251,7 +248,7 @@ def _pick(
   width: int,
   bounded: bool,
   block_k: int,
-) -> Chunk:
+) -> Listed:
   """Lists of a chunk's rows; `bounded`: the width may cut the budget."""
   n_blocks = mass.shape[-1]
   reachable = at.reachable(n_blocks, block_k)[:, None, None]
@@ -259,16 +256,12 @@ def _pick(
   budget = n_blocks
   if density is not None:
     budget = blocks_at_density(reachable, density)
-  shapes = {
-    'reachable': jnp.broadcast_to(reachable, mass.shape),
-    'forced': jnp.broadcast_to(forced, mass.shape),
-    'threshold': threshold,
-  }
-  limit = jnp.minimum(jnp.asarray(budget, jnp.int32), width)
-  chosen = choose(mass, limit=limit, **shapes)
-  captured = share(mass, chosen)
-  cut = jnp.zeros_like(captured)
-  if bounded:
-    whole = share(mass, choose(mass, limit=budget, **shapes))
-    cut = jnp.maximum(whole - captured, 0.0)
-  return Chunk(*to_list(chosen, width), captured, cut)
+  return choose_blocks(
+    mass,
+    reachable=reachable,
+    forced=forced,
+    budget=budget,
+    width=width,
+    threshold=threshold,
+    bounded=bounded,
+  )

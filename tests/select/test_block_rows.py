@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas import block_choice
 from lcx.select import block_rows
 
 ROWS, COLUMNS = 6, 24
@@ -14,7 +15,7 @@ ROWS, COLUMNS = 6, 24
 
 @jax.jit
 def chosen_by(score, reachable, forced, always, limit, threshold):
-  return block_rows.choose(
+  return block_choice.choose(
     score,
     reachable=reachable,
     forced=forced,
@@ -82,7 +83,7 @@ def test_larger_budgets_hold_smaller_ones(seed, limits, thresholds):
 def test_lists_are_the_chosen_in_order():
   chosen = np.random.default_rng(0).random((5, 40)) < 0.2
   width = chosen.sum(1).max()
-  ids, count = block_rows.to_list(jnp.asarray(chosen), int(width))
+  ids, count = block_choice.to_list(jnp.asarray(chosen), int(width))
   for row, row_ids, n in zip(chosen, np.asarray(ids), np.asarray(count)):
     assert list(row_ids[:n]) == list(np.flatnonzero(row))
     assert not row_ids[n:].any()
