@@ -48,10 +48,10 @@ from lcx.select import chunk_grid, in_place, soft_vote, working_set
 from lcx.select.audit import sampled_mass
 from lcx.select.chunk_grid import ChunkGrid
 from lcx.select.chunk_votes import (
+  best_at_once,
   chunk_stats,
   chunk_votes,
   fit_at_once,
-  votes_at_once,
 )
 from lcx.select.key_copies import KeyCopies
 from lcx.select.token_choice import choose_tokens
@@ -138,16 +138,23 @@ class TokenSelectPrefill(ChunkRules, Prefill):
       """Equation 7, top k, and attention, for as many chunks as fit."""
       q, positions, voters, stats, begin, low, high = args
       if stats is None:
-        votes = votes_at_once(
-          voters, keys, low, high, model=ctx.axes.model, **best, **how
+        chosen, count = best_at_once(
+          voters,
+          keys,
+          low,
+          high,
+          model=ctx.axes.model,
+          pool=self.pool,
+          **best,
+          **how,
         )
       else:
         votes = chunk_votes(
           voters, stats, keys, high, model=ctx.axes.model, **how
         )
-      mask = soft_vote.candidates(low, high, keys.shape[2])
-      votes = soft_vote.max_pool(votes, mask, self.pool)
-      chosen, count = top_tokens(votes.reshape(-1, keys.shape[2]), self.k)
+        mask = soft_vote.candidates(low, high, keys.shape[2])
+        votes = soft_vote.max_pool(votes, mask, self.pool)
+        chosen, count = top_tokens(votes.reshape(-1, keys.shape[2]), self.k)
       low, high, begin = (x.reshape(-1) for x in (low, high, begin))
       listed, total = with_ends(
         chosen,

@@ -10,16 +10,18 @@ A few chunks do not fill an accelerator with rows of queries: on an H200 one of
 them took 1.6 ms over 128K keys by that kernel, as long as dense attention of
 all its rows (experiments/results/superseded_speed.jsonl). Where the logits of
 all chunks fit into ONCE_SCORES, they are kept, keys are read once, and every
-step is spread over the keys.
+step is spread over the keys (`kernels_pallas.token_votes`).
 """
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from kernels_pallas import token_votes
 from kernels_pallas.passing_block import passing_block
 from kernels_pallas.selected_token import token_scores
 from lcx.select import soft_vote
+from lcx.select.top_tokens import top_tokens
 
 TILE_SCORES = 2**24  # logits of a tile, all heads: 64 MB in float32
 ONCE_SCORES = 2**25
@@ -28,6 +30,52 @@ ONCE_SCORES = 2**25
 def fit_at_once(q: Float[Array, 'B R N H'], k: Float[Array, 'B K S H']) -> bool:
   """Whether the logits of all chunks may be kept (static)."""
   return q[..., 0].size * k.shape[2] <= ONCE_SCORES
+
+
+def best_at_once(
+  voters: soft_vote.Voters,
+  k: Float[Array, 'B K S H'],
+  low: Int32[Array, 'B R'],
+  high: Int32[Array, 'B R'],
+  *,
+  kind: soft_vote.Kind,
+  n_best: int,
+  scale: float,
+  pool: int = 1,
+  model: str | None = None,
+) -> tuple[Int32[Array, 'L n'], Int32[Array, 'L']]:
+  """The candidates with most votes, ascending, and how many: a row a chunk.
+
+  Args:
+    voters: of R chunks, q [B R n H].
+    k: keys.
+    low: first candidate of a chunk.
+    high: one past its last.
+    kind: of vote.
+    n_best: tokens to choose, for which a head votes, too ('head_vote').
+    scale: of logits.
+    pool: odd window over which votes are max-pooled.
+    model: mesh axis that shards heads; None: it does not.
+  """
+  alone = model is None or lax.axis_size(model) == 1
+  if kind in token_votes.KINDS and pool == 1 and alone:
+    chosen, count = token_votes.best_voted(
+      voters.q,
+      k,
+      low,
+      high,
+      n_best,
+      kind=kind,
+      scale=scale,
+      weight=voters.weight,
+    )
+    return chosen.reshape(-1, n_best), count.reshape(-1)
+  votes = votes_at_once(
+    voters, k, low, high, kind=kind, n_best=n_best, scale=scale, model=model
+  )
+  mask = soft_vote.candidates(low, high, k.shape[2])
+  votes = soft_vote.max_pool(votes, mask, pool)
+  return top_tokens(votes.reshape(-1, k.shape[2]), n_best)
 
 
 def votes_at_once(
