@@ -7,8 +7,11 @@ exactly n lie above one. Compaction in place of a sort gives what was chosen in
 the order in which it stood.
 
 Candidates come as a list of vectors of lanes: a lane's candidates follow one
-another, one in each vector, so that one scan over lanes counts them all.
+another, one in each vector, so that one scan over lanes counts them all. Or, of
+candidates that lie in memory, as a list of `pieces`, which are loaded in lines.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +70,46 @@ def places(
   return found, total
 
 
+def places_in_pieces(
+  keys: list[jax.Array], n: int
+) -> tuple[list[tuple[jax.Array, jax.Array]], jax.Array]:
+  """`places` of pieces [lanes depth], one behind the other, rows in order.
+
+  So neighbours in memory are neighbours in a row, and are loaded together.
+  """
+  cut, ties, total = nth_best(keys, n)
+  found, above = [], jnp.int32(0)  # before the piece
+  for key in keys:
+    flag = jnp.where(key > cut, 1, jnp.where(key == cut, 1 << 16, 0))
+    lane = jnp.sum(flag, axis=1)
+    before = jnp.cumsum(lane) - lane + above
+    before = before[:, None] + jnp.cumsum(flag, axis=1) - flag
+    equal = lax.shift_right_logical(before, 16)
+    chosen = (key > cut) | ((key == cut) & (equal < ties))
+    found.append((chosen, (before & 0xFFFF) + jnp.minimum(equal, ties)))
+    above += jnp.sum(lane)
+  return found, total
+
+
+def pieces(
+  width: int, depth: int, least: int, most: int
+) -> list[tuple[int, int]]:
+  """Few (first, lanes) of pieces [lanes depth] that hold `width` candidates.
+
+  Lanes are powers of 2 within `least` and `most`; one piece of few candidates
+  has fewer.
+  """
+  lanes = -(-width // depth)
+  if lanes <= least:
+    return [(0, 1 << (lanes - 1).bit_length())]
+  left, first, found = -(-lanes // least), 0, []
+  while left:
+    some = min(most // least, 1 << (left.bit_length() - 1))
+    found.append((first, some * least))
+    first, left = first + some * least * depth, left - some
+  return found
+
+
 def nth_best(keys: list[jax.Array], n: int):
   """Where to cut so that n remain: (cut, ties, total), scalars.
 
@@ -80,15 +123,15 @@ def nth_best(keys: list[jax.Array], n: int):
       jnp.where(key >= high, 0x10001, jnp.where(key >= low, 1, 0))
       for key in keys
     ]
-    both = jnp.sum(sum(both))
+    both = _whole(jnp.add, jnp.sum, both)
     return both & 0xFFFF, lax.shift_right_logical(both, 16)
 
   used, forced = count(jnp.int32(MINUS_INF + 1), jnp.int32(PLUS_INF))
   finite = [(key > MINUS_INF) & (key < PLUS_INF) for key in keys]
   least = [jnp.where(f, k, PLUS_INF) for f, k in zip(finite, keys)]
   largest = [jnp.where(f, k, MINUS_INF) for f, k in zip(finite, keys)]
-  least = jnp.min(_fold(jnp.minimum, least))
-  largest = jnp.max(_fold(jnp.maximum, largest))
+  least = _whole(jnp.minimum, jnp.min, least)
+  largest = _whole(jnp.maximum, jnp.max, largest)
 
   # At least n keys are >= low, fewer than n are >= high.
   search = (forced < n) & (n < used)
@@ -122,8 +165,11 @@ def nth_best(keys: list[jax.Array], n: int):
   return cut, ties, jnp.minimum(used, n)
 
 
-def _fold(f, parts: list[jax.Array]) -> jax.Array:
-  whole = parts[0]
-  for part in parts[1:]:
-    whole = f(whole, part)
-  return whole
+def _whole(f, reduce, parts: list[jax.Array]) -> jax.Array:
+  """A reduction of all parts; those of one shape go together first."""
+  folded: dict[tuple[int, ...], jax.Array] = {}
+  for part in parts:
+    found = folded.get(part.shape)
+    folded[part.shape] = part if found is None else f(found, part)
+  # Pallas Triton reduces one axis.
+  return functools.reduce(f, (reduce(x.reshape(-1)) for x in folded.values()))

@@ -21,7 +21,7 @@ from kernels_pallas.keys import NEVER
 
 MOST = 2**15
 GROUP = 8
-_LANES = 1024
+_LANES = 128, 1024  # of pieces: with more, registers are spilled
 _WARPS = 16
 
 
@@ -75,29 +75,41 @@ class Candidates(NamedTuple):
     n = len(self.given())
     return Candidates(refs[0], refs[1] if n == 2 else None), refs[n:]
 
-  def load(self, row) -> tuple[list[jax.Array], list[jax.Array]]:
-    """(index, key for `nth_best`) of the candidates of a row."""
-    width = self.x.shape[1]
-    if self.groups is None:
-      index = nth_best.slots(width, _LANES)
-    else:
-      m = self.groups.shape[1]
-      index = []
-      for slot in nth_best.slots(m * GROUP, _LANES):
-        group = plgpu.load(
-          self.groups.at[row, jnp.minimum(slot // GROUP, m - 1)]
-        )
-        group = jnp.where(slot < m * GROUP, group, NEVER)
-        # NEVER * GROUP does not fit an int32.
-        at = jnp.minimum(group, width) * GROUP + slot % GROUP
-        index.append(at)
-    keys = []
-    for at in index:
-      number = plgpu.load(self.x.at[row, jnp.minimum(at, width - 1)])
-      keys.append(
+  def keys(self, row) -> list[jax.Array]:
+    """Keys for `nth_best` of the candidates of a row, in pieces.
+
+    A piece's rows are GROUP neighbours, which are loaded at once.
+    """
+    width, found = self.x.shape[1], []
+    for at in self.slots(row):
+      # No index is cut to the width: what hides that neighbours follow one
+      # another makes loads narrow.
+      number = plgpu.load(self.x.at[row, at], mask=at < width, other=-jnp.inf)
+      found.append(
         jnp.where(at < width, nth_best.ordered(number), nth_best.LOWEST)
       )
-    return index, keys
+    return found
+
+  def slots(self, row) -> list[jax.Array]:
+    """Where `keys` are in x; registers hold one or the other."""
+    width, found = self.x.shape[1], []
+    m = -(-width // GROUP) if self.groups is None else self.groups.shape[1]
+    for first, lanes in nth_best.pieces(m * GROUP, GROUP, *_LANES):
+      group = first // GROUP + lax.broadcasted_iota(jnp.int32, (lanes,), 0)
+      if self.groups is not None:
+        group = plgpu.load(
+          self.groups.at[row, pl.ds(first // GROUP, lanes)],
+          mask=group < m,
+          other=NEVER,
+          # Else one load serves both calls, and registers hold both.
+          volatile=True,
+        )
+        # NEVER * GROUP does not fit an int32.
+        group = jnp.minimum(group, width)
+      shape = (lanes, GROUP)
+      at = jnp.broadcast_to(group[:, None] * GROUP, shape)
+      found.append(at + lax.broadcasted_iota(jnp.int32, shape, 1))
+    return found
 
 
 def best(
@@ -138,9 +150,8 @@ def _best(candidates: Candidates, n: int, due, interpret: bool):
     row = pl.program_id(0)
 
     def choose():
-      index, keys = own.load(row)
-      found, total = nth_best.places(keys, n)
-      for at, (chosen, place) in zip(index, found):
+      found, total = nth_best.places_in_pieces(own.keys(row), n)
+      for at, (chosen, place) in zip(own.slots(row), found):
         place = jnp.where(chosen, place, n)
         plgpu.store(index_ref.at[row, place], at, mask=chosen)
       place = lax.broadcasted_iota(jnp.int32, (pl.next_power_of_2(n),), 0)

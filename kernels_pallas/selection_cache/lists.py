@@ -81,9 +81,8 @@ def listed(
     @pl.when(due_ref[row])
     def _():
       low, high = low_ref[row], high_ref[row]
-      index, keys = own.load(row)
-      found, count = nth_best.places(keys, n)
-      for token, (chosen, place) in zip(index, found):
+      found, count = nth_best.places_in_pieces(own.keys(row), n)
+      for token, (chosen, place) in zip(own.slots(row), found):
         if pages is not None:
           at = jnp.where(chosen, token // page, 0)
           at = plgpu.load(pages_ref.at[row, at])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas import nth_best
 from kernels_pallas.best_in_order import best_in_order, gpu, reference, xla
 from tests.kernels.test_page_choice import hard_scores, lower
 
@@ -38,6 +39,21 @@ def test_long_rows_are_narrowed_to_the_same(monkeypatch, width, n):
   monkeypatch.setattr(gpu, 'MOST', 256)
   assert gpu.coarser(width) == (1 if width < 2048 else 2)
   check(jax.jit(lambda x: IMPLEMENTATIONS['gpu'](x, n)), width, n)
+
+
+@pytest.mark.parametrize('width', (1, 8, 9, 1024, 1025, 16384, 16448, 32768))
+def test_pieces_follow_one_another(width):
+  found = nth_best.pieces(width, 8, 128, 1024)
+  end = 0
+  for first, lanes in found:
+    assert first == end and lanes & (lanes - 1) == 0 and lanes <= 1024
+    end = first + lanes * 8
+  assert width <= end < width + 128 * 8
+
+
+def test_rows_of_several_pieces(monkeypatch):
+  monkeypatch.setattr(gpu, '_LANES', (4, 16))
+  check(jax.jit(lambda x: IMPLEMENTATIONS['gpu'](x, 70)), 700, 70)
 
 
 def test_nothing_is_read_that_is_not_due():
