@@ -157,21 +157,25 @@ def logits(
         keys, queries, precision=exact, preferred_element_type=jnp.float32
       )
       token = jnp.broadcast_to(token[:, None], shape)
-      inside = (token >= first[None]) & (token < last[None])
+      # All tokens of a tile: stores are wide where the mask is a column's.
+      mask = jnp.broadcast_to(real[None], shape)
+      if length % tile:
+        mask &= token < length
       plgpu.store(
-        # Other lanes point behind the end: an interpreted store writes back
-        # what their place holds.
         scores_ref.at[
           b,
           jnp.broadcast_to(safe[None], shape),
-          jnp.broadcast_to(at[None], shape),
-          jnp.where(inside, token, length),
+          # Columns of no head point behind the end: an interpreted store
+          # writes back what their place holds.
+          jnp.broadcast_to(jnp.where(real, at, heads)[None], shape),
+          token,
         ],
         found,
-        mask=inside,
+        mask=mask,
       )
       if kind != 'soft':
         return carry
+      inside = (token >= first[None]) & (token < last[None])
       found = jnp.where(inside, found, -jnp.inf)
       apart = jnp.exp(-jnp.abs(found - top))
       total = jnp.where(found > top, total * apart + 1, total + apart)
