@@ -11,6 +11,7 @@ over cuDNN; `python -m experiments.fit_policy` reads crossovers off the rows.
 
 from configs import common
 
+FIXED = ('a_shape_1024_4096', 'snapkv_2048')  # alike on any keys
 MODEL = '.cache/models/qwen2.5-coder-0.5b-instruct.gguf'
 
 
@@ -23,9 +24,10 @@ def get_config(arg=''):
     {
       'lengths': (arg.length,) if arg.length else lengths,
       'shares': (8, 16),
+      # On random keys vertical_slash's columns fall anywhere: it would list
+      # everything.
       'selectors': ('xattention_16', 'xattention_8', 'sparge')
-      # On random keys its columns fall anywhere: it would list everything.
-      + (('vertical_slash_128_256',) if arg.real else ()),
+      + (('vertical_slash_128_256',) if arg.real else FIXED),
       'peers': True,
       'model': MODEL if arg.real else '',
       'thresholds': (0.9, 0.95) if arg.real else (),
@@ -35,7 +37,7 @@ def get_config(arg=''):
   if arg.smoke:
     config.numbers.lengths = (512,)
     config.numbers.shares = (2,)
-    config.numbers.selectors = ('xattention_16',)
+    config.numbers.selectors = ('xattention_16', *FIXED)
     config.numbers.peers = False
     config.repeats = 1
   return config

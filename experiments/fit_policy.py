@@ -9,7 +9,8 @@ kinds are understood, the others passed over:
   measure_methods   prefill, step and layer of a method over its peer, dense
   measure_prefill   a layer on several devices over dense on one: op 'prefill'
   selector_bench    a prompt's attention, selection included, over our own dense
-                    at the same length, which is what runs in its place
+                    at the same length, which is what runs in its place: at a
+                    share of random keys, vertical_slash on a model's
 
 A selector's rows have two clocks, inside kernels and from the host, gaps
 between launches included; the one that is worse for it counts. Without lengths
@@ -42,6 +43,11 @@ Row = dict[str, Any]
 # All of policy.Entry down to `crossover`.
 Identity = tuple[str, str, str, int, int, int, int]
 _SELECTED = re.compile(r'(\w+) (1/\d+) of (\w+), (density [\d.]+)')
+# What this one lists follows from a model's keys, not from a share.
+_CROSSED = re.compile(
+  r'(vertical_slash_\w+)( )of (\w+), (density [\d.]+), mass [\d.]+'
+  r', keys of \S+'
+)
 
 
 def committed() -> list[pathlib.Path]:
@@ -129,7 +135,7 @@ def _selector(
   row: Row, dense: dict[tuple, Row]
 ) -> tuple[Identity, int, float, str] | None:
   """Of selector_bench, at its heads in bfloat16."""
-  case = _SELECTED.fullmatch(row['case'])
+  case = _SELECTED.fullmatch(row['case']) or _CROSSED.fullmatch(row['case'])
   if not case or row['implementation'] != 'ours':
     return None
   rival = dense.get(_run(row))
@@ -148,21 +154,22 @@ def _selector(
     row['device'].removeprefix('1 x '),
     *(bench.HEADS, bench.KV_HEADS, bench.HEAD_DIM, 16),
   )
-  return identity, length, ratio, f'{share}, {density}'
+  return identity, length, ratio, f'{share}, {density}'.strip(' ,')
 
 
 def _is_dense(row: Row) -> bool:
   return (
     row.get('op') == 'attention'
     and row['implementation'] == 'ours'
-    and re.fullmatch(r'dense \w+', row['case']) is not None
+    and re.fullmatch(r'dense \w+(, keys of \S+)?', row['case']) is not None
   )
 
 
 def _run(row: Row) -> tuple:
-  """What a row and its dense one share: device, code and length."""
+  """What a row and its dense one share: device, code, length and keys."""
   length = row['case'].partition(',')[0].split()[-1]
-  return row['device'], row['git'], length
+  keys = row['case'].partition(', keys of ')[2]
+  return row['device'], row['git'], length, keys
 
 
 def line(identity: Identity, evidence: policy.Evidence) -> str:

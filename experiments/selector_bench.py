@@ -4,17 +4,21 @@ Two ops a selector and length: `estimate` is the selector alone; `attention` is
 selector and block_sparse in one program, beside dense cuDNN on the same
 numbers: its ratio is the speed-up. Lengths from 4K on show the crossover, which
 fit_policy.py finds against our own dense, since that runs in its place.
+a_shape's list is a closed form, so it has no estimate; snapkv reads its prompt
+densely and then chooses what decoding keeps, so it has nothing else.
 
 Queries and keys are random with a drift a block, so that blocks differ in
 weight; or a model's (real_heads.py), where thresholds mean something, too: then
 a row says the share of softmax mass that its lists capture.
 """
 
+import functools
 import pathlib
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from experiments import real_heads
@@ -28,19 +32,29 @@ from experiments.kernel_bench import (
   Case,
 )
 from kernels_pallas import block_sparse
+from kernels_pallas.keys import Pages
 from lcx.methods.spargeattn import ALL_TRUSTED
 from lcx.select.audit import listed_keys, sampled_mass
+from lcx.select.block_rows import Selected
+from lcx.select.snapkv import snapkv
 from lcx.select.sparge import sparge
 from lcx.select.vertical_slash import vertical_slash
 from lcx.select.xattention import xattention
 
-# XAttention by its stride, vertical_slash by its columns and diagonals.
+# XAttention by its stride, vertical_slash by its columns and diagonals, a_shape
+# by its first and last tokens, snapkv by the tokens that it keeps.
 SELECTORS = (
   'xattention_16',
   'xattention_8',
   'sparge',
   'vertical_slash_128_256',
+  'a_shape_1024_4096',
+  'snapkv_2048',
 )
+# Their numbers say all: no density, no threshold.
+_FIXED = ('vertical_slash', 'a_shape', 'snapkv')
+_WINDOW = 32  # of snapkv, last queries
+_PAGE = 64
 
 
 def inputs(tokens: int, seed: int = 0) -> tuple[Array, Array, Array]:
@@ -68,6 +82,9 @@ def selector(name: str, density: float | None, threshold: float | None = None):
   vertical_slash lists what its columns and diagonals cross, which on random
   keys is nearly everything: a model's keys show what it leaves out.
   """
+  numbers = _numbers(name)
+  if name.startswith('a_shape'):
+    return lambda q, k: _a_shape(q, *numbers)
 
   def select(q, k):
     tokens = q.shape[1]
@@ -76,7 +93,7 @@ def selector(name: str, density: float | None, threshold: float | None = None):
       'lengths': jnp.full(1, tokens, jnp.int32),
     }
     if name.startswith('vertical_slash'):
-      columns, diagonals = map(int, name.split('_')[2:])
+      columns, diagonals = numbers
       return vertical_slash(
         q[:, -64:].swapaxes(1, 2),
         tokens - 64 + jnp.arange(64)[None],
@@ -89,9 +106,41 @@ def selector(name: str, density: float | None, threshold: float | None = None):
     where |= {'density': density, 'threshold': threshold}
     if name == 'sparge':
       return sparge(q, k, similarity=ALL_TRUSTED, **where)
-    return xattention(q, k, stride=int(name.rpartition('_')[2]), **where)
+    return xattention(q, k, stride=numbers[0], **where)
 
   return select
+
+
+def _numbers(name: str) -> list[int]:
+  return [int(x) for x in name.split('_') if x.isdigit()]
+
+
+def _a_shape(q, sink, recent) -> Selected:
+  batch, tokens, heads, _ = q.shape
+  blocks = block_sparse.streaming_blocks(batch, heads, tokens, sink, recent)
+  none = jnp.zeros((batch, heads, -(-tokens // BLOCK)))
+  return Selected(blocks, none, none)
+
+
+def _snapkv(q, k, budget) -> tuple[Array, Array]:
+  """Rows and positions that decoding keeps, once the prompt has been read."""
+  batch, tokens, _, head_dim = q.shape
+  kv_heads = k.shape[1]
+  n_pages = tokens // _PAGE
+  pool = k.reshape(-1, _PAGE, head_dim)
+  ids = jnp.arange(len(pool), dtype=jnp.int32).reshape(batch, kv_heads, -1)
+  starts = jnp.arange(n_pages, dtype=jnp.int32) * _PAGE
+  last = tokens - _WINDOW
+  at = last + jnp.arange(_WINDOW, dtype=jnp.int32)
+  return snapkv(
+    q[:, last:].swapaxes(1, 2),
+    jnp.broadcast_to(at, (batch, _WINDOW)),
+    Pages(pool, pool),  # values play no part in the choice
+    ids,
+    jnp.broadcast_to(starts, ids.shape),
+    since=jnp.full(batch, last, jnp.int32),
+    keep=budget - _WINDOW,
+  )
 
 
 def cases(
@@ -153,23 +202,37 @@ def _at_length(tokens, budgets, selectors, peers, model) -> Iterator[Case]:
     {'ours': lambda: Call(_dense, [(q, k, v)])} | rivals,
   )
   for name in selectors:
-    own = [('', None, None)] if name.startswith('vertical') else budgets
+    own = [('', None, None)] if name.startswith(_FIXED) else budgets
     for budget, density, threshold in own:
+      if name.startswith('snapkv'):
+        keep = functools.partial(_snapkv, budget=_numbers(name)[0])
+        yield Case(
+          'estimate',
+          f'{name} of {label}{whose}',
+          1.0 * k.nbytes,
+          'GB/s',
+          {'ours': lambda keep=keep: Call(keep, [(q, k)])},
+        )
+        continue
       select = selector(name, density, threshold)
       seen = float(_seen(select, q, k))
+      if name.startswith('a_shape'):  # an interval, not a list
+        visible = sum(_numbers(name))
+        seen = HEADS * np.minimum(np.arange(tokens) + 1, visible).sum()
       what = f'{name} {budget}'.strip()
       case = f'{what} of {label}, density {seen / pairs:.4f}'
       if model:
         mass = float(_mass(select, q, k, v)) / (HEADS * tokens)
         case += f', mass {mass:.4f}{whose}'
       work = 4.0 * HEAD_DIM * seen
-      yield Case(
-        'estimate',
-        case,
-        2.0 * (q.nbytes + k.nbytes),
-        'GB/s',
-        {'ours': lambda select=select: Call(select, [(q, k)])},
-      )
+      if not name.startswith('a_shape'):
+        yield Case(
+          'estimate',
+          case,
+          2.0 * (q.nbytes + k.nbytes),
+          'GB/s',
+          {'ours': lambda select=select: Call(select, [(q, k)])},
+        )
       yield Case(
         'attention',
         case,

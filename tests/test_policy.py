@@ -152,6 +152,17 @@ def test_a_selector_is_compared_with_the_dense_that_takes_its_place():
   # The worse of two clocks counts.
   assert waiting.crossover == 16384
   assert waiting.evidence[1] == (8192, 0.5, setting)
+  # vertical_slash is weighed on a model's keys, against dense on the same.
+  whose = ', keys of m-1.5b'
+  crossed = [
+    row | {'case': row['case'].replace(' 1/8', '') + mass + whose}
+    for n, ms in (('8K', 2.0), ('16K', 0.5))
+    for row in selector_rows('vertical_slash_1_2', n, 1.0, ms)
+    for mass in (', mass 0.9' * ('density' in row['case']),)
+  ]
+  (found,) = fit_policy.fit(crossed + rows[:5]).entries
+  assert (found.method, found.crossover) == ('vertical_slash_1_2', 16384)
+  assert found.evidence[0] == (8192, 0.5, 'density 0.1250')
   # Dense rows of other code or another length are no rivals.
   alone = [row for row in rows if not row['case'].startswith('dense')]
   other = selector_rows('other', '4K', 1.0, 1.0, git='b')

@@ -35,6 +35,10 @@ class VerticalSlashPrefill(BlockPrefill):
   diagonals: int = 6096
   window: int = 64
 
+  @property
+  def measured_as(self) -> str:
+    return f'vertical_slash_{self.columns}_{self.diagonals}'
+
   def full_budget(self, length: int) -> dict[str, Any]:
     return {'columns': max(length, 1)}
 
