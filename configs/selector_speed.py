@@ -5,7 +5,8 @@ python -m experiments.run --config=configs/selector_speed.py
 Arguments: `smoke` (a short prompt, no peer, seconds on a CPU), `length=N` (one
 length in place of all), `real` (queries and keys of Qwen2.5-Coder-0.5B from
 .cache/models, by chunks of 32K, thresholds beside densities; another model:
-`--config.numbers.model=PATH`). The ratio of an `attention` row is the speed-up
+`--config.numbers.model=PATH`), `decode` (snapkv's gain: decode attention of a
+layer beside dense). The ratio of an `attention` row is the speed-up
 over cuDNN; `python -m experiments.fit_policy` reads crossovers off the rows.
 """
 
@@ -16,7 +17,9 @@ MODEL = '.cache/models/qwen2.5-coder-0.5b-instruct.gguf'
 
 
 def get_config(arg=''):
-  arg = common.parse_arg(arg, length=0, real=False)
+  arg = common.parse_arg(arg, length=0, real=False, decode=False)
+  if arg.decode:
+    return decode(arg)
   config = common.base('measure', 'Selectors: estimate and attention')
   config.suite = 'selector_bench'
   lengths = tuple(1024 * n for n in (4, 8, 16, 32, 64, 128, 256))
@@ -39,5 +42,28 @@ def get_config(arg=''):
     config.numbers.shares = (2,)
     config.numbers.selectors = ('xattention_16', *FIXED)
     config.numbers.peers = False
+    config.repeats = 1
+  return config
+
+
+def decode(arg):
+  """SnapKV reads prompts densely; what it evicts then saves decoding."""
+  config = common.base('measure_methods', 'SnapKV: decode of a layer')
+  config.preset = 'llama3_8b'
+  config.methods = common.table({'dense': {}, 'snapkv': {}})
+  lengths = tuple(1024 * n for n in (2, 4, 8, 16, 32, 64, 128))
+  config.lengths = (arg.length,) if arg.length else lengths
+  config.ops = ('layer',)
+  config.weights = ''
+  config.dtype = 'bfloat16'
+  config.steps = 32
+  config.layer_steps = 256
+  config.repeats = 5
+  config.layers = 1
+  if arg.smoke:
+    config.preset = 'tiny'
+    config.dtype = 'float32'
+    config.lengths = (512,)
+    config.layer_steps = 4
     config.repeats = 1
   return config
