@@ -203,7 +203,10 @@ class Bench:
     )
 
   def _session(self, engine, length: int):
-    """A session over random keys, as after a prefill of `length` tokens."""
+    """A session over random keys, as after a prefill of `length` tokens.
+
+    Of a method that judges the prompt by its own last queries: after one.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -211,7 +214,19 @@ class Bench:
     from lcx.engine.engine import Session
 
     caches, states = engine._empty()
-    states = self._observed(engine, states)
+    after = self._observed(engine, states)
+    if jax.tree.structure(after) != jax.tree.structure(states[0]):
+      return engine.prefill([self._prompt(length)])
+    states = tuple(
+      jax.tree.map(
+        lambda x, to: (
+          x if x.shape == to.shape else jnp.zeros(to.shape, x.dtype)
+        ),
+        state,
+        after,
+      )
+      for state in states
+    )
     dims = (1, _CHUNK, self.model.n_kv_heads, self.model.head_dim)
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -246,7 +261,7 @@ class Bench:
     )
 
   def _observed(self, engine, states):
-    """States in the shapes that a prefill leaves, of which none has been."""
+    """Shapes of a layer's state as a prefill leaves it."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import PartitionSpec as P
@@ -274,19 +289,14 @@ class Bench:
       return jax.ShapeDtypeStruct(shape, jnp.dtype(model.dtype))
 
     observe = plan.sharded(observe, (P(), P(), specs), specs)
-    after = jax.eval_shape(
+    return jax.eval_shape(
       observe, tokens(model.n_heads), tokens(model.n_kv_heads), states[0]
     )
-    return tuple(
-      jax.tree.map(
-        lambda x, to: (
-          x if x.shape == to.shape else jnp.zeros(to.shape, x.dtype)
-        ),
-        state,
-        after,
-      )
-      for state in states
-    )
+
+  def _prompt(self, length: int) -> Prompt:
+    draw = np.random.default_rng(0)
+    tokens = draw.integers(0, self.model.vocab_size, length, dtype=np.int32)
+    return Prompt(tokens[:0], tokens, ())
 
   def step(self, method: Method, length: int) -> dict[str, Any]:
     """One token through the whole model, in the engine's loop."""
@@ -389,9 +399,7 @@ class Bench:
   def prefill(self, method: Method, length: int) -> dict[str, Any]:
     """A prompt of random tokens; at most three samples, since it is long."""
     engine = self._engine(method, length, 256)
-    draw = np.random.default_rng(0)
-    tokens = draw.integers(0, self.model.vocab_size, length, dtype=np.int32)
-    prompt = Prompt(tokens[:0], tokens, ())
+    prompt = self._prompt(length)
     times = []
     for _ in range(1 + min(self.config.repeats, 3)):
       begin = time.perf_counter()
@@ -409,9 +417,7 @@ class Bench:
   def answer(self, method: Method, length: int) -> dict[str, Any]:
     """A prompt of random tokens and `steps` tokens after it."""
     engine = self._engine(method, length, max(256, self.config.steps))
-    draw = np.random.default_rng(0)
-    tokens = draw.integers(0, self.model.vocab_size, length, dtype=np.int32)
-    prompt = Prompt(tokens[:0], tokens, ())
+    prompt = self._prompt(length)
     times, kv = [], None
     for _ in range(1 + min(self.config.repeats, 3)):
       begin = time.perf_counter()
