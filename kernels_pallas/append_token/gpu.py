@@ -257,11 +257,17 @@ def _kernel(
   old, new, tokens, keys, positions, count, ring, order, *, lanes, batch, heads,
   rules,
 ):  # fmt: skip
-  """Old and new are the same memory: what is read again is read from `old`."""
+  """Old and new are the same memory: what is read again is read from `old`.
+
+  A load costs more than all arithmetic here, and waits for what its address or
+  mask was made of. So all that do not need one another come first, with masks
+  that are wider than what is used of them.
+  """
   _, cursors, stats = old
   lane = jnp.arange(lanes, dtype=jnp.int32)
   real = lane < batch * heads
   row, head = jnp.where(real, lane // heads, 0), lane % heads
+  zeros = jnp.zeros_like(row)
 
   def of_row(ref):
     return plgpu.load(ref.at[row], mask=real, other=0)
@@ -269,20 +275,38 @@ def _kernel(
   used, status, position = map(
     of_row, (cursors.used, cursors.status, positions)
   )
+  counted = None if count is None else of_row(count)
+  peak = None if cursors.peak is None else of_row(cursors.peak)
+  taken = None if order is None else plgpu.load(cursors.taken.at[zeros])
+  values = [_load(x, row, head, real) for x in tokens]
   offset = used % rules.page
   slot, is_ring, first_slot = _slots(
     used // rules.page, real, head, ring, rules
   )
   width = cursors.starts.shape[-1]
-  zeros = jnp.zeros_like(row)
   first = (row, *(zeros,) * (len(cursors.starts.shape) - 2), first_slot)
   first_start = plgpu.load(
     cursors.starts.at[first], mask=real & (first_slot < width), other=NEVER
   )
+  if order is not None:
+    held = plgpu.load(
+      cursors.table.at[row, head, slot], mask=real & (slot < width), other=-1
+    )
+  if rules.statistics:
+    # The statistics have rows for full heads alone.
+    index = head
+    if ring is not None:
+      other = jnp.arange(pl.next_power_of_2(heads), dtype=jnp.int32)
+      rings = plgpu.load(ring.at[other], mask=other < heads, other=True)
+      index = _sum((~rings).astype(jnp.int32), other < head[:, None])
+    room = used // rules.logical < stats[0].shape[2]
+    absorbed = _absorbed(
+      stats, keys, (row, index, used), head, real & ~is_ring & room, rules
+    )
 
   comes = real & (status == rules.ok)
-  if count is not None:
-    comes &= of_row(count) > 0
+  if counted is not None:
+    comes &= counted > 0
 
   def settled(comes, status, fault, hit):
     hit &= comes
@@ -301,10 +325,7 @@ def _kernel(
     first_page = (row * heads + head) * width
     target = jnp.where(comes, first_page + slot, -1)
   else:
-    at = row, head, slot
-    held = plgpu.load(cursors.table.at[at], mask=comes, other=-1)
     wanted = (comes & (held < 0)).astype(jnp.int32)
-    taken = plgpu.load(cursors.taken.at[zeros])
     need = _sum(wanted, row[:, None] == row)
     # The modest first, then lower rows: as `Vacancy.grant`.
     ahead = (need < need[:, None]) | (
@@ -316,21 +337,20 @@ def _kernel(
     place = taken + _sum(wanted, lane < lane[:, None])
     fresh = plgpu.load(order.at[place], mask=wanted > 0, other=-1)
     target = jnp.where(comes, jnp.maximum(held, fresh), -1)
-    _store(new[1].table, at, fresh, wanted > 0)
+    _store(new[1].table, (row, head, slot), fresh, wanted > 0)
     _store(new[1].taken, (zeros,), taken + jnp.sum(wanted), lane == 0)
 
   at = _Lanes(real, row, head, used, slot, comes, status, target)
-  _move(new[1], cursors, at, position - offset)
-  for leaf, values in zip(new[0], tokens):
-    _write(leaf, values, at, offset)
+  _move(new[1], peak, at, position - offset)
+  for leaf, value in zip(new[0], values):
+    _write(leaf, value, at, offset)
   if rules.statistics:
-    # The statistics have rows for full heads alone.
-    index = head
-    if ring is not None:
-      other = jnp.arange(pl.next_power_of_2(heads), dtype=jnp.int32)
-      rings = plgpu.load(ring.at[other], mask=other < heads, other=True)
-      index = _sum((~rings).astype(jnp.int32), other < head[:, None])
-    _absorb(new[2], stats, keys, at, comes & ~is_ring, index, rules)
+    spread, inside, channel = _channels(row, keys.array.shape[2])
+    where = map(spread, (row, index, used // rules.logical))
+    mask = spread(comes & ~is_ring) & inside
+    where = (*where, *channel)
+    for leaf, value in zip(new[2], absorbed):
+      _store(leaf, where, value, mask)
 
 
 def _slots(number, real, head, ring, rules: Rules):
@@ -364,35 +384,40 @@ def _store(ref, at, value, mask):
   plgpu.store(ref.at[(first, *at[1:])], value, mask=mask)
 
 
-def _move(new: Cursors, old: Cursors, at: _Lanes, first):
+def _move(new: Cursors, peak, at: _Lanes, first):
   speaks, total = at.comes & at.speaks, at.used + 1
   _store(new.status, (at.row,), at.status, at.speaks)
   _store(new.used, (at.row,), total, speaks)
-  if old.peak is None:  # contiguous
+  if peak is None:  # contiguous
     _store(new.starts, (at.row, at.slot), first, speaks)
     return
-  peak = jnp.maximum(old.peak[at.row], total)
-  _store(new.peak, (at.row,), peak, speaks)
+  _store(new.peak, (at.row,), jnp.maximum(peak, total), speaks)
   _store(new.starts, (at.row, at.head, at.slot), first, at.comes)
 
 
-def _write(leaf, values, at: _Lanes, offset):
+def _load(values: Heads, row, head, real):
+  """A token's channels, [lanes H], or its number, [lanes]."""
+  if len(values.array.shape) == 2:
+    return values.load(row, head, mask=real)
+  spread, inside, channel = _channels(row, values.array.shape[2])
+  mask = spread(real) & inside
+  return values.load(spread(row), spread(head), *channel, mask=mask)
+
+
+def _write(leaf, value, at: _Lanes, offset):
   """A token into slot `offset` of its page; a new page's others are 0."""
   begins = at.comes & (offset == 0)
   if len(leaf.shape) == 2:
-    shape = at.row.shape
     spread, inside, channel = (lambda x: x), True, ()
   else:
     spread, inside, channel = _channels(at.row, leaf.shape[2])
-    shape = channel[0].shape
-  row, head, target = map(spread, (at.row, at.head, at.target))
+  target = spread(at.target)
   comes = spread(at.comes) & inside
-  value = values.load(row, head, *channel, mask=comes)
   _store(leaf, (target, spread(offset), *channel), value, comes)
 
   @pl.when(jnp.max(begins.astype(jnp.int32)) > 0)
   def _():
-    zero = jnp.zeros(shape, leaf.dtype)
+    zero = jnp.zeros(target.shape, leaf.dtype)
     cleared = spread(begins) & inside
 
     @pl.loop(1, leaf.shape[1])
@@ -402,22 +427,33 @@ def _write(leaf, values, at: _Lanes, offset):
       )
 
 
-def _absorb(new, old, keys, at: _Lanes, comes, index, rules: Rules):
-  """The statistics of the logical page that the token enters."""
-  spread, inside, channel = _channels(at.row, keys.array.shape[2])
-  comes = spread(comes) & inside
-  key = keys.load(spread(at.row), spread(at.head), *channel, mask=comes)
+def _absorbed(old, keys, page, head, mask, rules: Rules):
+  """The statistics of the logical page that the token enters, with it.
+
+  Args:
+    old: the two arrays.
+    keys: of the tokens.
+    page: row, row of the statistics and tokens before, of each lane.
+    head: kv head of each lane.
+    mask: lanes whose page exists.
+    rules: static numbers.
+  """
+  row, index, used = page
+  spread, inside, channel = _channels(row, keys.array.shape[2])
+  mask = spread(mask) & inside
+  key = keys.load(spread(row), spread(head), *channel, mask=mask)
   key = key.astype(old[0].dtype)
-  page = spread(at.row), spread(index), spread(at.used // rules.logical)
-  had = spread(at.used % rules.logical > 0)
+  where = (*map(spread, (row, index, used // rules.logical)), *channel)
+  had = spread(used % rules.logical > 0)
   if rules.statistics == 'bounds':
     entering = (key, jnp.minimum), (key, jnp.maximum)
   else:
     entering = (key, jnp.add), (key * key, jnp.add)
-  for leaf, before, (value, combine) in zip(new, old, entering):
-    earlier = plgpu.load(before.at[(*page, *channel)], mask=comes & had)
-    value = jnp.where(had, combine(earlier, value), value)
-    _store(leaf, (*page, *channel), value, comes)
+  found = []
+  for before, (value, combine) in zip(old, entering):
+    earlier = plgpu.load(before.at[where], mask=mask & had)
+    found.append(jnp.where(had, combine(earlier, value), value))
+  return found
 
 
 def _channels(row, width: int):
