@@ -39,9 +39,6 @@ WAVES = 8  # programs a multiprocessor, at least, of those that take many heads
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one number a query row
 
 
-FULL_TILE = 2**14  # above any number of masked tiles
-
-
 class Plan(NamedTuple):
   """The key tiles of one query tile, in the order in which they stream.
 
@@ -65,7 +62,7 @@ class Plan(NamedTuple):
   listed: jax.Array  # bit e: masked tile number e is listed
   sink: jax.Array  # tokens
   window: jax.Array  # tokens
-  spare: jax.Array  # of what makes a plan: 0; on the way to the kernel, counts
+  spare: jax.Array  # pads a plan to 64 bytes
 
   @property
   def n_full(self):
@@ -205,9 +202,7 @@ def stream_attention(q, k, v, plan, ids, first, stop, *, scale, ids_k, sizes):
       x for x in fitting if x == 1 or programs >= x * WAVES * MULTIPROCESSORS
     )
     q_slots = min(heads, 2)
-  # How many tiles, in one number that is read a head ahead.
-  counts = plan.n_full * FULL_TILE + plan.n_masked
-  packed = jnp.stack(plan._replace(spare=counts), axis=-1)
+  packed = jnp.stack(plan, axis=-1)
   per_head = packed.shape[1] > 1
   # List rows may stand for several query tiles.
   list_stride = 1 if ids is None else -(-tiles // ids.shape[2])
@@ -224,48 +219,35 @@ def stream_attention(q, k, v, plan, ids, first, stop, *, scale, ids_k, sizes):
     row = plan_ref.at[b, head if per_head else 0, tile]
     return Plan(*(row[i] for i in range(len(Plan._fields))))
 
-  def counts_of(plan):
-    """Full and masked tiles."""
-    return (
-      lax.div(plan.spare, jnp.int32(FULL_TILE)),
-      lax.rem(plan.spare, jnp.int32(FULL_TILE)),
-    )
-
   def copy_thread(refs, scratch):
     k_ref, v_ref, plan_ref, ids_ref = refs
     plgpu.set_max_registers(COPY_REGISTERS, action='decrease')
     b, kv_head, first_head, tile = where()
 
-    def tile_at(plan, head, e):
-      e1 = e - plan.n_full0
-      e2 = e1 - plan.n_full1
-      j = jnp.where(e1 < 0, plan.full0 + e, plan.full1 + e1)
-      if ids is not None:
-        place = plan.list0 + jnp.maximum(lax.div(e2, jnp.int32(parts)), 0)
-        place = jnp.minimum(place, ids.shape[3] - 1)
-        block = ids_ref[b, head, lax.div(tile, jnp.int32(list_stride)), place]
-        part = lax.rem(e2, jnp.int32(parts))
-        j = jnp.where(e2 < 0, j, block * parts + part)
-      return jnp.where(e < plan.n_full, j, plan.masked_tile(e - plan.n_full))
-
-    def first_of(i):
-      """The first tile of a head, and how many there are."""
-      head = first_head + jnp.minimum(i, heads - 1)
-      plan = read_plan(plan_ref, b, head, tile)
-      return tile_at(plan, head, jnp.int32(0)), sum(counts_of(plan))
-
-    def fill_of_head(i, carry):
+    def fill_of_head(i, before):
       """Streams one head's tiles; `before`: tiles of the heads before."""
-      before, first_tile, total = carry
       head = first_head + i
       plan = read_plan(plan_ref, b, head, tile)
+      total = plan.n_full + plan.n_masked
+
+      def tile_at(e):
+        e1 = e - plan.n_full0
+        e2 = e1 - plan.n_full1
+        j = jnp.where(e1 < 0, plan.full0 + e, plan.full1 + e1)
+        if ids is not None:
+          place = plan.list0 + jnp.maximum(lax.div(e2, jnp.int32(parts)), 0)
+          place = jnp.minimum(place, ids.shape[3] - 1)
+          block = ids_ref[b, head, lax.div(tile, jnp.int32(list_stride)), place]
+          part = lax.rem(e2, jnp.int32(parts))
+          j = jnp.where(e2 < 0, j, block * parts + part)
+        return jnp.where(e < plan.n_full, j, plan.masked_tile(e - plan.n_full))
 
       def fill(e, tile_now):
         step = before + e
         slot = lax.rem(step, jnp.int32(stages))
         keys = pl.ds(tile_now * tile_k, tile_k)
         # Read before the waits, which hide how long a listed id takes to come.
-        tile_next = tile_at(plan, head, jnp.minimum(e + 1, total - 1))
+        tile_next = tile_at(jnp.minimum(e + 1, total - 1))
 
         @pl.when(step >= stages)
         def _():
@@ -288,14 +270,10 @@ def stream_attention(q, k, v, plan, ids, first, stop, *, scale, ids_k, sizes):
         )
         return tile_next
 
-      some = jnp.minimum(total, 1)
-      tile_now = lax.fori_loop(0, some, fill, first_tile)
-      # While the first tile is on its way.
-      ahead = first_of(i + 1)
-      lax.fori_loop(some, total, fill, tile_now)
-      return before + total, *ahead
+      lax.fori_loop(0, total, fill, tile_at(jnp.int32(0)))
+      return before + total
 
-    lax.fori_loop(0, heads, fill_of_head, (jnp.int32(0), *first_of(0)))
+    lax.fori_loop(0, heads, fill_of_head, jnp.int32(0))
 
   def compute_thread(refs, scratch, me):
     q_ref, plan_ref, first_ref, stop_ref, out_ref, lse_ref = refs
@@ -319,20 +297,14 @@ def stream_attention(q, k, v, plan, ids, first, stop, *, scale, ids_k, sizes):
     def load_rows(ref):
       return plgpu.load(ref.at[b, rows], layout=ROW, optimized=False)
 
-    def tiles_of(i):
-      head = first_head + jnp.minimum(i, heads - 1)
-      return counts_of(read_plan(plan_ref, b, head, tile))
-
-    def attend_head(i, carry):
+    def attend_head(i, before):
       """Attends one head; `before`: tiles of the heads before."""
-      before, n_full, n_masked = carry
       head = first_head + i
-      ahead = tiles_of(i + 1)
       plan = read_plan(plan_ref, b, head, tile)
       q_slot = lax.rem(i, jnp.int32(q_slots))
       q_smem = scratch.q.at[q_slot, me]
 
-      total_tiles = n_full + n_masked
+      total_tiles = plan.n_full + plan.n_masked
 
       def slot_of(e):
         return lax.rem(before + e, jnp.int32(stages))
@@ -389,7 +361,7 @@ def stream_attention(q, k, v, plan, ids, first, stop, *, scale, ids_k, sizes):
           scores = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
           plgpu.barrier_arrive(scratch.k_free.at[slot_of(e)])
           if masked:
-            scores = mask(scores, e - n_full)
+            scores = mask(scores, e - plan.n_full)
           new = softmax_step(scores, top, total, factor, masked)
           # The barrier and the branch keep the compiler from hoisting the wait
           # for the values above the softmax that should hide it.
@@ -412,7 +384,7 @@ def stream_attention(q, k, v, plan, ids, first, stop, *, scale, ids_k, sizes):
         acc, top, total = carry
         scores = scores_of(e)
         if masked:
-          scores = mask(scores, e - n_full)
+          scores = mask(scores, e - plan.n_full)
         weights, top, total, decay = softmax_step(
           scores, top, total, factor, masked
         )
@@ -442,7 +414,7 @@ def stream_attention(q, k, v, plan, ids, first, stop, *, scale, ids_k, sizes):
         )
         carry = acc, top, total, p
         # 0 or 1 rounds: loops stand for conditionals, which carry no layouts.
-        some_full = jnp.minimum(n_full, 1)
+        some_full = jnp.minimum(plan.n_full, 1)
         only_masked = jnp.minimum(total_tiles, 1) - some_full
         carry = lax.fori_loop(
           0, some_full, lambda _, c: open_stream(c, False), carry
@@ -452,10 +424,10 @@ def stream_attention(q, k, v, plan, ids, first, stop, *, scale, ids_k, sizes):
         )
         fetch_next(i)
         carry = lax.fori_loop(
-          1, n_full, lambda e, c: overlapped(e, False, c), carry
+          1, plan.n_full, lambda e, c: overlapped(e, False, c), carry
         )
         carry = lax.fori_loop(
-          jnp.maximum(n_full, 1),
+          jnp.maximum(plan.n_full, 1),
           total_tiles,
           lambda e, c: overlapped(e, True, c),
           carry,
@@ -469,10 +441,10 @@ def stream_attention(q, k, v, plan, ids, first, stop, *, scale, ids_k, sizes):
         )
       else:
         carry = lax.fori_loop(
-          0, n_full, lambda e, c: in_turn(e, False, c), (acc, top, total)
+          0, plan.n_full, lambda e, c: in_turn(e, False, c), (acc, top, total)
         )
         acc, top, total = lax.fori_loop(
-          n_full, total_tiles, lambda e, c: in_turn(e, True, c), carry
+          plan.n_full, total_tiles, lambda e, c: in_turn(e, True, c), carry
         )
 
       # A row that sees nothing: out 0, lse -inf, whatever full tiles added.
@@ -489,10 +461,10 @@ def stream_attention(q, k, v, plan, ids, first, stop, *, scale, ids_k, sizes):
       plgpu.commit_smem()
       plgpu.copy_smem_to_gmem(q_smem, out_ref.at[b, rows, head])
       plgpu.copy_smem_to_gmem(scratch.lse.at[me], lse_ref.at[b, head, rows])
-      return before + total_tiles, *ahead
+      return before + total_tiles
 
     fetch_queries(0)
-    lax.fori_loop(0, heads, attend_head, (jnp.int32(0), *tiles_of(0)))
+    lax.fori_loop(0, heads, attend_head, jnp.int32(0))
     plgpu.wait_smem_to_gmem(0)
 
   def kernel(q_ref, k_ref, v_ref, plan_ref, first_ref, stop_ref, *rest):
