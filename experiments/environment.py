@@ -1,6 +1,7 @@
 """Where a row comes from: revision, versions, device, sources."""
 
 import ast
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -17,6 +18,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Modules of this folder that decide what a row says.
 _SAID_BY = ('answers', 'prompts')
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'numpy', 'ml_dtypes', 'tokenizers')
+# What may stand beside in a benchmark; named where it is installed.
+_PEERS = ('torch', 'tokamax', 'flashinfer-python', 'faiss-cpu')
 
 
 def git() -> str:
@@ -45,6 +48,9 @@ def versions() -> dict[str, str]:
       found[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
       found[name] = 'absent'
+  for name in _PEERS:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      found[name] = importlib.metadata.version(name)
   return found
 
 

@@ -43,8 +43,9 @@ class DecodeSizes:
     splits: programs a (row, kv head, block of queries); 0: as many as fill the
       chip.
     keys: of a tile, 64 or 128: a page of that size, several smaller ones, or a
-      part of a larger one; 0: 128 for long lists, which are read faster so,
-      if registers suffice (head dim at most 128, few queries), else 64.
+      part of a larger one; 0: 128 for long lists and head dims up to 64, which
+      are read faster so, if registers suffice (head dim at most 128, few
+      queries), else 64.
   """
 
   stages: int = 0
@@ -235,7 +236,8 @@ def _attend(
   keys = sizes.keys
   if not keys:
     length = starts.shape[2] * pages.page
-    deep = length > 128 * splits * LONG_SPLIT
+    # As many bytes as 64 keys of 128 channels; or a long list.
+    deep = h <= 64 or length > 128 * splits * LONG_SPLIT
     deep &= h <= 128 and wide <= 16  # else registers do not suffice
     keys = 128 if deep else 64
   # The list, padded to whole tiles of pages to skip.
@@ -269,7 +271,8 @@ def _attend(
     splits=splits,
     keys=keys,
     wide=wide,
-    stages=sizes.stages or _default_stages(h, pages, keys, wide),
+    stages=sizes.stages
+    or _default_stages(h, pages, keys, wide, tiles <= splits * LONG_SPLIT),
   )
   out, lse = lax.platform_dependent(
     out,
@@ -293,11 +296,18 @@ def _merge(out, lse, queries: int, out_dtype) -> Partial:
   return Partial(out, part.lse[:, :, :queries])
 
 
-def _default_stages(h: int, pages: Pages, keys: int, wide: int) -> int:
-  """Tiles in flight for which the shared memory of a program has room."""
+def _default_stages(
+  h: int, pages: Pages, keys: int, wide: int, short: bool
+) -> int:
+  """Tiles in flight for which the shared memory of a program has room.
+
+  A ring of more than half of a multiprocessor's memory makes a launch begin a
+  microsecond later: it is worth that to long lists alone.
+  """
   spread = {16: 0, 8: 1, 4: 1.5}[pages.bits] * keys
   scales = {16: 0, 8: 8, 4: 16}[pages.bits] * keys
   fixed = 2 * h * (wide + spread) + 2 * wide * (keys + 2) + OTHER_BYTES
   stage = keys * h * pages.bits // 4 + scales
-  room = SHARED_BYTES // PROGRAMS[pages.bits] - fixed
+  programs = max(PROGRAMS[pages.bits], 2 if short else 1)
+  room = SHARED_BYTES // programs - fixed
   return int(max(2, min(8, room // stage)))

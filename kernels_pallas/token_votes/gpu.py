@@ -27,7 +27,7 @@ _COLUMNS = 16  # of the smallest product on the tensor core
 _MOST_COLUMNS = 64  # logits of a token that a program holds
 _LOWEST = -1e30  # a maximum that exp can be taken of
 _TILE = 2**14  # bytes of a tile of keys
-_STAGES = 4  # tiles that a program has in shared memory
+_STAGES = 3  # tiles that a program has in shared memory
 # Programs of a launch, as many as 132 multiprocessors hold at once: three where
 # a product has few columns, else two.
 _SCORERS = 3 * 132, 2 * 132
