@@ -277,7 +277,6 @@ def _kernel(
   )
   counted = None if count is None else of_row(count)
   peak = None if cursors.peak is None else of_row(cursors.peak)
-  taken = None if order is None else plgpu.load(cursors.taken.at[zeros])
   values = [_load(x, row, head, real) for x in tokens]
   offset = used % rules.page
   slot, is_ring, first_slot = _slots(
@@ -288,13 +287,15 @@ def _kernel(
   first_start = plgpu.load(
     cursors.starts.at[first], mask=real & (first_slot < width), other=NEVER
   )
+  held = taken = zeros
   if order is not None:
+    taken = plgpu.load(cursors.taken.at[zeros])
     held = plgpu.load(
       cursors.table.at[row, head, slot], mask=real & (slot < width), other=-1
     )
+  index, absorbed = head, []
   if rules.statistics:
     # The statistics have rows for full heads alone.
-    index = head
     if ring is not None:
       other = jnp.arange(pl.next_power_of_2(heads), dtype=jnp.int32)
       rings = plgpu.load(ring.at[other], mask=other < heads, other=True)

@@ -20,7 +20,7 @@ from kernels_pallas import add_norm
 from lcx.engine.sampling import Sampling, sample, stops
 from lcx.methods.base import Axes, Context, Method, Tail, Trace
 from lcx.methods.dense import DensePrefill
-from lcx.models import transformer
+from lcx.models import decode_layer, transformer
 from lcx.models.config import ModelConfig
 from lcx.models.transformer import (
   Weights,
@@ -128,6 +128,11 @@ class Plan:
       trace=self.trace,
       axes=AXES,
     )
+
+  def fused(self, layer_weights, x) -> bool:
+    """Whether `decode_layer` takes a layer's products."""
+    # The partitioner cannot split a kernel: it would gather what a mesh splits.
+    return self.mesh.size == 1 and decode_layer.serves(layer_weights, x)
 
   def add_norm(self, x, delta, scale):
     """`transformer.add_norm` of few tokens: one launch on a GPU."""
@@ -363,8 +368,10 @@ def _few_tokens_layer(
 
   It begins with y, its input x normalised, and ends with the norm of what comes
   after it: residual sums and norms are pairs, of which each may be one launch.
+  Where products make norms and sums themselves, y is x.
   """
   rope = make_rope(plan.config)
+  fused = plan.fused(layer_weights, x)
   steps = jnp.arange(x.shape[1], dtype=jnp.int32)
 
   def attend(q, k, v, cache, state, lengths, tail, count, layer, seed):
@@ -385,13 +392,19 @@ def _few_tokens_layer(
 
   heads = P(AXES.data, None, AXES.model)
   cache_specs, state_specs = plan.cache_specs(), plan.state_specs()
-  q, k, v = transformer.projections(layer_weights, y, plan.config)
+  if fused:
+    q, k, v = decode_layer.attention_inputs(layer_weights, x, plan.config)
+  else:
+    q, k, v = transformer.projections(layer_weights, y, plan.config)
   out, cache, state, sums = plan.sharded(
     attend,
     (heads, heads, heads, cache_specs, state_specs)
     + (_ROWS, _ROWS, _ROWS, P(), P()),
     (heads, cache_specs, state_specs, _ROWS),
   )(q, k, v, cache, state, lengths, tail, count, layer, seed)
+  if fused:
+    x = decode_layer.layer_output(layer_weights, x, out, plan.config)
+    return x, x, cache, state, sums
   out = transformer.attention_output(layer_weights, x, out)
   x, y = plan.add_norm(x, out, layer_weights['ff_norm'])
   out = transformer.feed_forward(layer_weights, y)
@@ -408,7 +421,9 @@ def _few_tokens(
   """
   x = plan.place(embed(weights.embed, tokens, plan.config), AXES.data)
   norms = [w['attention_norm'] for w in weights.layers] + [weights.head['norm']]
-  y = transformer.rms_norm(x, norms[0], plan.config.norm_eps)
+  fused = plan.fused(weights.layers[0], x)
+  eps = plan.config.norm_eps
+  y = x if fused else transformer.rms_norm(x, norms[0], eps)
   caches, states, totals = list(caches), list(states), []
   for i, layer_weights in enumerate(weights.layers):
     x, y, caches[i], states[i], sums = _few_tokens_layer(
@@ -431,6 +446,8 @@ def _few_tokens(
     # squared.
     x, y = jax.lax.optimization_barrier((x, y))
   sums = jax.tree.map(lambda *s: sum(s), *totals)
+  if fused:
+    y = transformer.rms_norm(x, norms[-1], eps)
   return y, tuple(caches), tuple(states), sums
 
 

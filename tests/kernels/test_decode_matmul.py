@@ -1,0 +1,155 @@
+"""Products of a decoded token: against float64, and the layers they make."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas import decode_matmul, dispatch
+from kernels_pallas.decode_matmul import MatmulSizes, gpu
+from lcx.cache.base import CacheShape
+from lcx.engine import steps
+from lcx.methods import get_method
+from lcx.methods.base import Tail
+from lcx.models import decode_layer, transformer
+from lcx.models.presets import preset
+from tests import oracle
+from tests.kernels import cases
+
+EPS = 1e-5
+# Outputs and inputs of SmolLM2's and Qwen2.5's matrices, some of the outputs.
+SIZES = {
+  'qkv': (40, 896),
+  'o': (36, 576),
+  'down': (24, 4864),
+}
+
+
+def _norm(x, scale):
+  x = oracle.wide(x)
+  factor = np.mean(x * x, axis=-1, keepdims=True) + EPS
+  return x / np.sqrt(factor) * oracle.wide(scale)
+
+
+def _operands(inputs, *outputs, dtype=jnp.bfloat16):
+  rng = np.random.default_rng(inputs)
+  x = cases.floats(rng, (inputs,), dtype)
+  w = rng.normal(size=(*outputs, inputs)) * inputs**-0.5
+  scale = jnp.asarray(rng.uniform(0.5, 1.5, inputs), dtype)
+  return rng, x, jnp.asarray(w, dtype), scale
+
+
+def _assert_close(got, want, dtype):
+  tolerance = oracle.TOLERANCE[jnp.dtype(dtype).name][0]
+  size = max(1.0, np.max(np.abs(want)))
+  chex.assert_trees_all_close(
+    oracle.wide(got), want, rtol=0, atol=tolerance * size
+  )
+
+
+def _matmul(name, dtype, normed, interpret):
+  outputs, inputs = SIZES[name]
+  rng, x, w, scale = _operands(inputs, outputs, dtype=dtype)
+  norm = scale if normed else None
+  add = cases.floats(rng, (outputs,), dtype)
+  run = jax.jit(
+    functools.partial(gpu.matmul, norm=norm, eps=EPS, interpret=interpret)
+  )
+  y = oracle.wide(x) if norm is None else _norm(x, norm)
+  want = oracle.wide(w) @ y
+  _assert_close(run(x, w), want, dtype)
+  _assert_close(run(x, w, add=add), want + oracle.wide(add), dtype)
+
+
+def _gated(outputs, inputs, interpret):
+  _, x, w, scale = _operands(inputs, outputs, 2)
+  got = jax.jit(
+    functools.partial(
+      gpu.gated_matmul, norm=scale, eps=EPS, interpret=interpret
+    )
+  )(x, w)
+  gate, up = np.einsum('d,fcd->cf', _norm(x, scale), oracle.wide(w))
+  _assert_close(got, gate / (1 + np.exp(-gate)) * up, jnp.bfloat16)
+
+
+@pytest.mark.parametrize('normed', [False, True])
+@pytest.mark.parametrize('name', SIZES)
+def test_matmul(name, normed):
+  dtype = jnp.float16 if name == 'o' else jnp.bfloat16
+  _matmul(name, dtype, normed, interpret=True)
+
+
+@pytest.mark.parametrize(('outputs', 'inputs'), [(26, 896), (32, 576)])
+def test_gated_matmul(outputs, inputs):
+  _gated(outputs, inputs, interpret=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('name', SIZES)
+def test_on_a_gpu(name):
+  _matmul(name, jnp.bfloat16, True, interpret=False)
+  _gated(*SIZES[name], interpret=False)
+
+
+def test_sizes():
+  assert MatmulSizes().filled(1152, 1, 896) == MatmulSizes(2, 1, 1024)
+  assert MatmulSizes().filled(14336, 2, 4096).rows == 2
+  assert MatmulSizes(rows=4).filled(6, 1, 64).rows == 2
+  # Rows that no power of two above 1 divides.
+  assert MatmulSizes().filled(5, 1, 64).rows == 1
+
+
+def test_what_is_not_served(monkeypatch):
+  w = jnp.zeros((64, 2, 64), jnp.bfloat16)
+  assert not decode_matmul.serves(1, w)  # no GPU here
+  monkeypatch.setattr(dispatch, '_order', lambda: ('gpu', 'xla'))
+  assert decode_matmul.serves(1, w, w[:, 0])
+  assert not decode_matmul.serves(2, w)
+  assert not decode_matmul.serves(1, w, w.astype(jnp.float32))
+  assert not decode_matmul.serves(1, {'code': w})
+  assert not decode_matmul.serves(1, w[:3])
+
+
+@pytest.mark.parametrize('bias', [False, True])
+def test_a_decode_step_takes_them(bias, monkeypatch):
+  # No other test's configuration: its programs must not be found again.
+  config = preset('tiny', norm_eps=7e-5, qkv_bias=bias, qk_norm=not bias)
+  method = get_method('dense')
+  axis_names = ('data', 'seq', 'model')
+  types = (jax.sharding.AxisType.Auto,) * 3
+  mesh = jax.make_mesh(
+    (1, 1, 1), axis_names, axis_types=types, devices=jax.devices()[:1]
+  )
+  weights = transformer.init(config, jax.random.key(0), mesh)
+  for layer in weights.layers:  # else biases are 0 and norms 1
+    for name in {'qkv_bias', 'attention_norm', 'ff_norm'} & set(layer):
+      layer[name] += 0.1 * jax.random.normal(
+        jax.random.key(1), layer[name].shape
+      )
+  shape = CacheShape(1, config.n_kv_heads, config.head_dim, 64, 'float32')
+  caches = tuple(method.cache.init(shape) for _ in weights.layers)
+  states = tuple(method.decode.init_state(shape) for _ in weights.layers)
+  place = jnp.zeros(1, jnp.int32)
+
+  def scores(tokens, **other):
+    plan = steps.Plan(config, method, mesh, **other)
+    run = functools.partial(steps.few_tokens, plan=plan)
+    count = place + tokens.shape[1]
+    rest = (place, Tail(place, place), count, jnp.int32(0))
+    arrays = (weights, caches, states, tokens, *rest)
+    text = str(jax.make_jaxpr(run)(*arrays))
+    return run(*arrays)[0], text.count('name=decode_matmul')
+
+  want, launches = scores(jnp.array([[3]]))
+  assert launches == 0
+  for name in ('matmul', 'gated_matmul'):
+    run = functools.partial(getattr(gpu, name), interpret=True)
+    monkeypatch.setattr(decode_matmul, name, run)
+  monkeypatch.setattr(decode_layer, 'serves', lambda layer, x: x.shape[1] == 1)
+  got, launches = scores(jnp.array([[3]]), trace=False)
+  assert launches == 4 * config.n_layers
+  chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-4)
+  assert scores(jnp.array([[3, 4]]), trace=False)[1] == 0
