@@ -393,7 +393,8 @@ def _few_tokens_layer(
   heads = P(AXES.data, None, AXES.model)
   cache_specs, state_specs = plan.cache_specs(), plan.state_specs()
   if fused:
-    q, k, v = decode_layer.attention_inputs(layer_weights, x, plan.config)
+    run = functools.partial(decode_layer.attention_inputs, config=plan.config)
+    q, k, v = plan.sharded(run, (P(), P()), P())(layer_weights, x)
   else:
     q, k, v = transformer.projections(layer_weights, y, plan.config)
   out, cache, state, sums = plan.sharded(
@@ -403,7 +404,8 @@ def _few_tokens_layer(
     (heads, cache_specs, state_specs, _ROWS),
   )(q, k, v, cache, state, lengths, tail, count, layer, seed)
   if fused:
-    x = decode_layer.layer_output(layer_weights, x, out, plan.config)
+    run = functools.partial(decode_layer.layer_output, config=plan.config)
+    x = plan.sharded(run, (P(), P(), P()), P())(layer_weights, x, out)
     return x, x, cache, state, sums
   out = transformer.attention_output(layer_weights, x, out)
   x, y = plan.add_norm(x, out, layer_weights['ff_norm'])
