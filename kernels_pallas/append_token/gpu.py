@@ -74,17 +74,18 @@ class Cursors(NamedTuple):
   taken: Int32[Array, '1'] | None
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Joint:
   """What a layer makes of a token, in one array: one launch writes it.
 
   Attributes:
     array: [B N+2K H] queries, then keys, then values, head by head.
-    kv_heads: K.
+    kv_heads: K, static.
   """
 
   array: Float[Array, 'B heads H']
-  kv_heads: int
+  kv_heads: int = dataclasses.field(metadata={'static': True})
 
   @classmethod
   def of(cls, q, k, v) -> 'Joint':

@@ -19,9 +19,16 @@ from kernels_pallas.decode_matmul.gpu import (
   MatmulSizes,
   gated_matmul,
   matmul,
+  rotated_matmul,
 )
 
-__all__ = ['MatmulSizes', 'gated_matmul', 'matmul', 'serves']
+__all__ = [
+  'MatmulSizes',
+  'gated_matmul',
+  'matmul',
+  'rotated_matmul',
+  'serves',
+]
 
 MAX_INPUTS = 32768  # a program holds a row of the matrix, and all of x
 

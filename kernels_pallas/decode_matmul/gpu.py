@@ -1,6 +1,6 @@
 """A vector times a matrix, with all that stands around it: Pallas Triton.
 
-A program reads `rows` rows of the matrix whole, all of them at once, so that
+A program reads its rows of the matrix whole, all of them at once, so that
 nothing but the chip's bandwidth bounds how fast they come; the vector, and its
 norm, which every program makes anew, come from the cache meanwhile.
 """
@@ -23,7 +23,8 @@ class MatmulSizes:
   """Static choices of the kernel.
 
   Attributes:
-    rows: of the matrix a program; 0: 4 of long matrices, 2 of short ones.
+    rows: outputs of a program; 0: 4 of large matrices, 2 of small ones; of what
+      has two parts, half as many.
     warps: of a program; 0: as few as hold its rows in registers.
     piece: inputs that a program holds as one tile, a power of two; 0: 2048.
   """
@@ -33,7 +34,7 @@ class MatmulSizes:
   piece: int = 0
 
   def filled(self, outputs: int, parts: int, inputs: int) -> 'MatmulSizes':
-    """With the defaults for a matrix [outputs parts inputs]."""
+    """With the defaults for a matrix of [outputs, parts, inputs]."""
     rows = self.rows or (2 if outputs * parts <= 8192 else 4) // parts
     while outputs % rows:
       rows //= 2
@@ -68,7 +69,18 @@ def matmul(
     In x's dtype. Sums are float32; norm, product and sum are rounded each, as
     they are where they are launches of their own.
   """
-  return _call(x, w[:, None], norm, eps, add, sizes, interpret)
+  outputs, inputs = w.shape
+  sizes = (sizes or MatmulSizes()).filled(outputs, 1, inputs)
+
+  def kernel(x, w, norm, add, out):
+    row = _rows(pl.program_id(0) * sizes.rows, sizes)
+    added = None if add is None else _wide(plgpu.load(add.at[row]))
+    (y,) = _products(x, w, norm, eps, [(row,)], sizes)
+    plgpu.store(out.at[row], _plus(y, added).astype(out.dtype))
+
+  given = (x, w, norm, add)
+  grid = (outputs // sizes.rows,)
+  return _call(kernel, (outputs,), given, grid, sizes, interpret)
 
 
 def gated_matmul(
@@ -84,54 +96,130 @@ def gated_matmul(
 
   SwiGLU (arXiv:2002.05202, equation 6). Arguments as of `matmul`.
   """
-  return _call(x, w, norm, eps, None, sizes, interpret)
+  outputs, _, inputs = w.shape
+  sizes = (sizes or MatmulSizes()).filled(outputs, 2, inputs)
+
+  def kernel(x, w, norm, out):
+    row = _rows(pl.program_id(0) * sizes.rows, sizes)
+    at = [(row, jnp.full_like(row, part)) for part in range(2)]
+    gate, up = _products(x, w, norm, eps, at, sizes)
+    found = gate * jax.nn.sigmoid(gate) * up
+    plgpu.store(out.at[row], found.astype(out.dtype))
+
+  grid = (outputs // sizes.rows,)
+  return _call(kernel, (outputs,), (x, w, norm), grid, sizes, interpret)
 
 
-def _call(x, w, norm, eps, add, sizes, interpret):
-  outputs, parts, inputs = w.shape
-  sizes = (sizes or MatmulSizes()).filled(outputs, parts, inputs)
-  if outputs % sizes.rows:
-    raise ValueError(f'rows={sizes.rows} must divide {outputs} outputs')
-  given = {'x': x, 'w': w, 'norm': norm, 'add': add}
-  given = {k: v for k, v in given.items() if v is not None}
+def rotated_matmul(
+  x: Float[Array, 'D'],
+  w: Float[Array, 'K G+2 H D'],
+  turn: Float[Array, '2 H/2'],
+  *,
+  norm: Float[Array, 'D'],
+  eps: float = 0.0,
+  add: Float[Array, 'K G+2 H'] | None = None,
+  sizes: MatmulSizes | None = None,
+  interpret: bool = False,
+) -> Float[Array, 'N+2K H']:
+  """Queries and keys, rotated, and values of RMSNorm(x), in one launch.
 
-  def kernel(*refs):
-    named = dict(zip(given, refs[:-1], strict=True))
-    _kernel(refs[-1], named, eps, sizes)
+  Args:
+    x: one token's numbers.
+    w: kv head by kv head its queries, its key, its value.
+    turn: float32 cosines and sines of the token's position
+      (arXiv:2104.09864); channel i turns with channel i + H/2.
+    norm: as of `matmul`.
+    eps: of the norm.
+    add: a bias, before the rotation; None: nothing.
+    sizes: as of `matmul`; a program has `rows` pairs of channels.
+    interpret: runs without a GPU.
+
+  Returns:
+    All queries, then all keys, then all values.
+  """
+  kv_heads, width, head_dim, inputs = w.shape
+  group, half = width - 2, head_dim // 2
+  sizes = (sizes or MatmulSizes()).filled(half, 2, inputs)
+  blocks = half // sizes.rows
+
+  def kernel(x, w, norm, add, turn, out):
+    head = pl.program_id(0) // blocks
+    kv, place = head // width, head % width
+    row = _rows(pl.program_id(0) % blocks * sizes.rows, sizes)
+
+    def like_row(n):
+      return jnp.full_like(row, n)
+
+    at = [(like_row(kv), like_row(place), row + j * half) for j in range(2)]
+    added = [None if add is None else _wide(plgpu.load(add.at[i])) for i in at]
+    cos, sin = (plgpu.load(turn.at[like_row(j), row]) for j in range(2))
+    a, b = map(_plus, _products(x, w, norm, eps, at, sizes), added)
+    a, b = (_wide(y.astype(out.dtype)) for y in (a, b))
+    turns = place <= group
+    found = (
+      jnp.where(turns, a * cos - b * sin, a),
+      jnp.where(turns, b * cos + a * sin, b),
+    )
+    after = kv_heads * place + kv  # keys behind N = K G queries, then values
+    target = jnp.where(place < group, kv * group + place, after)
+    for j, y in enumerate(found):
+      at_out = out.at[like_row(target), row + j * half]
+      plgpu.store(at_out, y.astype(out.dtype))
+
+  return _call(
+    kernel,
+    (kv_heads * width, head_dim),
+    (x, w, norm, add, turn),
+    (kv_heads * width * blocks,),
+    sizes,
+    interpret,
+  )
+
+
+def _call(kernel, shape, given, grid, sizes, interpret):
+  """A call of kernel(*given, out), in which None stays None."""
+  arrays, tree = jax.tree.flatten(given)
+
+  def run(*refs):
+    kernel(*tree.unflatten(refs[:-1]), refs[-1])
 
   return pl.pallas_call(
-    kernel,
-    out_shape=jax.ShapeDtypeStruct((outputs,), x.dtype),
-    grid=(outputs // sizes.rows,),
+    run,
+    out_shape=jax.ShapeDtypeStruct(shape, given[0].dtype),
+    grid=grid,
     compiler_params=plgpu.CompilerParams(num_warps=sizes.warps, num_stages=1),
     interpret=interpret,
     name='decode_matmul',
-  )(*given.values())
+  )(*arrays)
 
 
-def _kernel(out, refs, eps, sizes):
-  x, w, norm, add = (refs.get(name) for name in ('x', 'w', 'norm', 'add'))
-  (inputs,), parts = x.shape, w.shape[1]
-  mine = pl.program_id(0) * sizes.rows + _iota((sizes.rows,), 0)
-  # Index arrays: a slice may not reach behind the end, a masked index may.
+def _products(x, w, norm, eps, rows, sizes):
+  """Products of RMSNorm(x) with rows of w, float32 of x's precision.
+
+  Args:
+    x: ref.
+    w: ref.
+    norm: ref or None.
+    eps: of the norm.
+    rows: indices into all but w's last axis, a tuple for each part.
+    sizes: static choices.
+  """
+  (inputs,) = x.shape
   pieces = range(0, inputs, sizes.piece)
 
   def load(ref, shape, piece, *at):
+    # Index arrays: a slice may not reach behind the end, a masked index may.
     column = piece + _iota(shape, len(shape) - 1)
     if piece + sizes.piece <= inputs:
       return plgpu.load(ref.at[*at, column])
     return plgpu.load(ref.at[*at, column], mask=column < inputs, other=0)
 
   tile = (sizes.rows, sizes.piece)
-  row = jnp.broadcast_to(mine[:, None], tile)
-  matrix = [
-    [load(w, tile, i, row, jnp.full(tile, j, jnp.int32)) for j in range(parts)]
-    for i in pieces
-  ]
-  last = None if add is None else _wide(plgpu.load(add.at[mine]))
+  spread = [[jnp.broadcast_to(i[:, None], tile) for i in at] for at in rows]
+  matrix = [[load(w, tile, piece, *at) for at in spread] for piece in pieces]
 
   def vector(ref):
-    return [_wide(load(ref, (sizes.piece,), i)) for i in pieces]
+    return [_wide(load(ref, (sizes.piece,), piece)) for piece in pieces]
 
   y = vector(x)
   if norm is not None:
@@ -141,18 +229,19 @@ def _kernel(out, refs, eps, sizes):
     y = [
       _wide((part * inverse * by).astype(x.dtype)) for part, by in zip(y, scale)
     ]
-  sums = [
-    jnp.sum(
-      sum(_wide(m[j]) * part[None] for m, part in zip(matrix, y)), axis=1
-    ).astype(out.dtype)
-    for j in range(parts)
-  ]
-  found = _wide(sums[0])
-  if parts == 2:
-    found *= jax.nn.sigmoid(found) * _wide(sums[1])
-  if last is not None:
-    found += last
-  plgpu.store(out.at[mine], found.astype(out.dtype))
+  found = (
+    sum(_wide(tiles[j]) * part[None] for tiles, part in zip(matrix, y))
+    for j in range(len(rows))
+  )
+  return [_wide(jnp.sum(part, axis=1).astype(x.dtype)) for part in found]
+
+
+def _rows(first, sizes):
+  return first + _iota((sizes.rows,), 0)
+
+
+def _plus(y, added):
+  return y if added is None else y + added
 
 
 def _iota(shape, axis):

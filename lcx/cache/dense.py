@@ -234,23 +234,22 @@ class DenseCache:
     )
     return queries, cache
 
-  def append_beside(
-    self,
-    q: Float[Array, 'B T N H'],
-    k: Float[Array, 'B T K H'],
-    v: Float[Array, 'B T K H'],
-    positions: Int32[Array, 'B T'],
-    count: Int32[Array, 'B'] | None = None,
-  ) -> tuple[Float[Array, 'B T N H'], Self]:
-    """`append` beside queries: (q, cache).
-
-    On a GPU what makes queries, keys and values of one token is then a single
-    launch before that of the append, not three.
-    """
+  def takes_joint(self, q, k, v) -> bool:
+    """Whether `append_joint` can take what these [B T heads H] would be."""
     alike = self.k.dtype == k.dtype == v.dtype
-    if not alike or not append_token.serves_joint(q, k):
-      return q, self.append(k, v, positions, count)
-    joint = append_token.Joint.of(q, k, v)
+    return alike and append_token.serves_joint(q, k)
+
+  def append_joint(
+    self,
+    joint: append_token.Joint,
+    positions: Int32[Array, 'B 1'],
+    count: Int32[Array, 'B'] | None = None,
+  ) -> tuple[Float[Array, 'B 1 N H'], Self]:
+    """`append` of one token beside its queries: (queries, cache).
+
+    On a GPU what makes queries, keys and values is then a single launch before
+    that of the append, not three.
+    """
     queries, cache = self._append_one(joint.heads(), positions, count, joint)
     assert queries is not None
     return queries[:, None], cache

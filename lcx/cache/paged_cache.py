@@ -222,25 +222,24 @@ class PagedCache:
     )
     return queries, cache
 
-  def append_beside(
-    self,
-    q: Float[Array, 'B T N H'],
-    k: Float[Array, 'B T K H'],
-    v: Float[Array, 'B T K H'],
-    positions: Int32[Array, 'B T'],
-    count: Int32[Array, 'B'] | None = None,
-  ) -> tuple[Float[Array, 'B T N H'], Self]:
-    """`append` beside queries: (q, cache).
-
-    On a GPU what makes queries, keys and values of one token is then a single
-    launch before that of the append, not three, and keys and values are
-    quantised together.
-    """
+  def takes_joint(self, q, k, v) -> bool:
+    """Whether `append_joint` can take what these [B T heads H] would be."""
     bits, agree = self.config.bits, self.config.agree_over
     alike = k.dtype == v.dtype and (bits < 16 or self.pool.k.dtype == k.dtype)
-    if not alike or not append_token.serves_joint(q, k, agree):
-      return q, self.append(k, v, positions, count)
-    joint = append_token.Joint.of(q, k, v)
+    return alike and append_token.serves_joint(q, k, agree)
+
+  def append_joint(
+    self,
+    joint: append_token.Joint,
+    positions: Int32[Array, 'B 1'],
+    count: Int32[Array, 'B'] | None = None,
+  ) -> tuple[Float[Array, 'B 1 N H'], Self]:
+    """`append` of one token beside its queries: (queries, cache).
+
+    On a GPU what makes queries, keys and values is then a single launch before
+    that of the append, not three, and keys and values are quantised together.
+    """
+    bits = self.config.bits
     keys, values = joint.heads()
     tokens = [keys, values]
     if bits < 16:

@@ -374,8 +374,13 @@ def _few_tokens_layer(
   fused = plan.fused(layer_weights, x)
   steps = jnp.arange(x.shape[1], dtype=jnp.int32)
 
-  def attend(q, k, v, cache, state, lengths, tail, count, layer, seed):
+  def attend(q, k, v, cache, state, lengths, tail, count, layer, seed, inputs):
     positions = lengths[:, None] + steps
+    joint = None
+    if inputs is not None:
+      joint = decode_layer.rotated_inputs(
+        inputs[0], inputs[1], positions, plan.config
+      )
     ctx = plan.context(
       positions=positions,
       source=positions,
@@ -384,6 +389,7 @@ def _few_tokens_layer(
       tail=tail,
       layer=layer,
       key=jax.random.fold_in(jax.random.key(seed), layer),
+      joint=joint,
     )
     out, cache, state, trace = plan.method.decode.attend(
       q, k, v, rope, cache, state, ctx
@@ -392,6 +398,7 @@ def _few_tokens_layer(
 
   heads = P(AXES.data, None, AXES.model)
   cache_specs, state_specs = plan.cache_specs(), plan.state_specs()
+  inputs = (layer_weights, x) if fused else None
   if fused:
     run = functools.partial(decode_layer.attention_inputs, config=plan.config)
     q, k, v = plan.sharded(run, (P(), P()), P())(layer_weights, x)
@@ -400,9 +407,9 @@ def _few_tokens_layer(
   out, cache, state, sums = plan.sharded(
     attend,
     (heads, heads, heads, cache_specs, state_specs)
-    + (_ROWS, _ROWS, _ROWS, P(), P()),
+    + (_ROWS, _ROWS, _ROWS, P(), P(), P()),
     (heads, cache_specs, state_specs, _ROWS),
-  )(q, k, v, cache, state, lengths, tail, count, layer, seed)
+  )(q, k, v, cache, state, lengths, tail, count, layer, seed, inputs)
   if fused:
     run = functools.partial(decode_layer.layer_output, config=plan.config)
     x = plan.sharded(run, (P(), P(), P()), P())(layer_weights, x, out)

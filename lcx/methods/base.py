@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
+from kernels_pallas.append_token import Joint
+
 Rope = Callable[[Float[Array, 'B T h H'], Int32[Array, 'B T']], Array]
 
 
@@ -122,6 +124,9 @@ class Context:
     key: PRNG key of this layer and step.
     tail: where new tokens go; None in prefill.
     learned: this layer's arrays of `Prefill.learned`; () where there are none.
+    joint: queries and keys, rotated, and values of one decoded token, where a
+      kernel makes them so; what of them and of q, k and v is not used is not
+      computed.
     n_layers: static.
     room: static; padded tokens of the prompt over all shards; 0 in decode.
     sliding_window: static; the model's own window, or None. It intersects
@@ -138,6 +143,7 @@ class Context:
   key: PRNGKeyArray
   tail: Tail | None = None
   learned: Any = ()
+  joint: Joint | None = None
   n_layers: int = dataclasses.field(default=1, metadata={'static': True})
   room: int = dataclasses.field(default=0, metadata={'static': True})
   sliding_window: int | None = dataclasses.field(

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
+from kernels_pallas.append_token import Joint
 from kernels_pallas.partial import Partial, merge_over
 from lcx import policy
 from lcx.methods.base import Axes, Context, Rope
@@ -56,11 +57,13 @@ def append_rotated(q, k, v, rope: Rope, cache, ctx: Context):
     cache: of rotated keys.
     ctx: the context.
   """
-  q, rotated = rope(q, ctx.positions), rope(k, ctx.positions)
-  beside = getattr(cache, 'append_beside', None)
-  if beside is None or jax.lax.axis_size(ctx.axes.seq) > 1 or not cache.rotated:
-    return q, append(cache, k, rotated, v, ctx)
-  return beside(q, rotated, v, ctx.positions, ctx.count)
+  rotated = rope(q, ctx.positions), rope(k, ctx.positions)
+  takes = getattr(cache, 'takes_joint', None)
+  alone = jax.lax.axis_size(ctx.axes.seq) == 1
+  if takes is None or not alone or not cache.rotated or not takes(q, k, v):
+    return rotated[0], append(cache, k, rotated[1], v, ctx)
+  joint = ctx.joint or Joint.of(*rotated, v)
+  return cache.append_joint(joint, ctx.positions, ctx.count)
 
 
 def belong_here(ctx: Context) -> Bool[Array, 'B T']:

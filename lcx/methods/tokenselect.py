@@ -303,7 +303,9 @@ class TokenSelectDecode(ReuseRules, Decode):
     if self.positions == 'rank':
       rotated, cache = q, shards.append(cache, k, k, v, ctx)  # turned at use
     else:
-      rotated, cache = shards.append_rotated(q, k, v, rope, cache, ctx)
+      # The query is compared as it was, so it is not made rotated alone.
+      plain = dataclasses.replace(ctx, joint=None)
+      rotated, cache = shards.append_rotated(q, k, v, rope, cache, plain)
     copies = state.copies
     if copies is not None:
       copies = copies.refreshed(cache, q.shape[1])

@@ -6,11 +6,13 @@ parts of the products (`kernels_pallas.decode_matmul`).
 """
 
 import jax
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
 
 from kernels_pallas import decode_matmul
+from kernels_pallas.append_token import Joint
 from lcx.models.config import ModelConfig
-from lcx.models.transformer import rms_norm, split_qkv
+from lcx.models.transformer import make_rope, rms_norm, split_qkv
 
 _MATRICES = ('qkv', 'o', 'gate_up', 'down')
 
@@ -41,6 +43,30 @@ def attention_inputs(
       q = rms_norm(q, layer['q_norm'], config.norm_eps)
       k = rms_norm(k, layer['k_norm'], config.norm_eps)
     return q, k, v
+
+
+def rotated_inputs(
+  layer: dict[str, jax.Array],
+  x: Float[Array, '1 1 D'],
+  positions: Int32[Array, '1 1'],
+  config: ModelConfig,
+) -> Joint | None:
+  """`attention_inputs`, queries and keys rotated; None if that takes more."""
+  if config.qk_norm:
+    return None
+  with jax.named_scope('attention_inputs'):
+    half = config.head_dim // 2
+    unit = jnp.concatenate([jnp.ones(half), jnp.zeros(half)])
+    array = decode_matmul.rotated_matmul(
+      x.reshape(-1),
+      layer['qkv'],
+      # What the rotation makes of (1, 0): cosines, then sines.
+      make_rope(config)(unit[None, None, None], positions).reshape(2, half),
+      norm=layer['attention_norm'],
+      eps=config.norm_eps,
+      add=layer['qkv_bias'] if config.qkv_bias else None,
+    )
+    return Joint(array[None], config.n_kv_heads)
 
 
 def layer_output(

@@ -93,8 +93,9 @@ def check_beside(name):
     chex.assert_trees_all_equal((got, cache), (q, want))
 
 
-def beside(cache, *args):
-  return cache.append_beside(*args)
+def beside(cache, q, k, v, *args):
+  assert cache.takes_joint(q, k, v)
+  return cache.append_joint(append_token.Joint.of(q, k, v), *args)
 
 
 @pytest.mark.gpu
@@ -146,7 +147,7 @@ def test_it_lowers_for_a_gpu(name, monkeypatch):
       jax.jit(
         lambda cache, q, *args: (
           cache.append(*args),
-          cache.append_beside(q, *args),
+          beside(cache, q, *args),
         )
       ),
       platforms=['cuda'],

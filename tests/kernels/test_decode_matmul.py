@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas import decode_matmul, dispatch
+from kernels_pallas.append_token import Joint
 from kernels_pallas.decode_matmul import MatmulSizes, gpu
 from lcx.cache.base import CacheShape
 from lcx.engine import steps
@@ -87,9 +88,36 @@ def test_gated_matmul(outputs, inputs):
   _gated(outputs, inputs, interpret=True)
 
 
+def _rotated(heads, width, dim, inputs, interpret):
+  rng, x, w, scale = _operands(inputs, heads, width, dim)
+  bias = cases.floats(rng, (heads, width, dim), jnp.bfloat16)
+  angle = rng.uniform(0, 7, dim // 2)
+  turn = np.array([np.cos(angle), np.sin(angle)], np.float32)
+  got = jax.jit(
+    functools.partial(
+      gpu.rotated_matmul, norm=scale, eps=EPS, interpret=interpret
+    )
+  )(x, w, turn, add=bias)
+  y = oracle.wide(w) @ _norm(x, scale) + oracle.wide(bias)
+  a, b = np.split(y, 2, axis=-1)
+  turned = np.concatenate(
+    [a * turn[0] - b * turn[1], b * turn[0] + a * turn[1]], axis=-1
+  )
+  want = [turned[:, :-2].reshape(-1, dim), turned[:, -2], y[:, -1]]
+  _assert_close(got, np.concatenate(want), jnp.bfloat16)
+
+
+@pytest.mark.parametrize(
+  ('heads', 'width', 'dim', 'inputs'), [(2, 4, 16, 576), (3, 3, 8, 128)]
+)
+def test_rotated_matmul(heads, width, dim, inputs):
+  _rotated(heads, width, dim, inputs, interpret=True)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize('name', SIZES)
 def test_on_a_gpu(name):
+  _rotated(2, 9, 64, SIZES[name][1], interpret=False)
   _matmul(name, jnp.bfloat16, True, interpret=False)
   _gated(*SIZES[name], interpret=False)
 
@@ -145,12 +173,23 @@ def test_a_decode_step_takes_them(bias, monkeypatch):
 
   want, launches = scores(jnp.array([[3]]))
   assert launches == 0
-  for name in ('matmul', 'gated_matmul'):
+  for name in ('matmul', 'gated_matmul', 'rotated_matmul'):
     run = functools.partial(getattr(gpu, name), interpret=True)
     monkeypatch.setattr(decode_matmul, name, run)
   monkeypatch.setattr(decode_layer, 'serves', lambda layer, x: x.shape[1] == 1)
   got, launches = scores(jnp.array([[3]]), trace=False)
-  # Layers are traced once.
-  assert launches == 4
+  # Layers are traced once; of two for queries, keys and values one is used.
+  assert launches == 4 + bias
   chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-4)
   assert scores(jnp.array([[3, 4]]), trace=False)[1] == 0
+
+  x = jax.random.normal(jax.random.key(2), (1, 1, config.d_model))
+  at = jnp.array([[5]])
+  joint = decode_layer.rotated_inputs(weights.layers[1], x, at, config)
+  if not bias:  # queries and keys have norms of their own
+    assert joint is None
+    return
+  q, k, v = transformer.attention_inputs(weights.layers[1], x, config)
+  rope = transformer.make_rope(config)
+  want = Joint.of(rope(q, at), rope(k, at), v)
+  chex.assert_trees_all_close(joint, want, rtol=1e-5, atol=1e-5)
