@@ -4,7 +4,7 @@ python -m experiments.run --config=configs/lserve_speed.py
 
 Arguments: `length=N` (one length), `op=step|layer|prefill` (one op), `bits=8`
 or `4` (of the cache, on both sides), `weights=w8a8|w4a16|fp8` (on both sides),
-`smoke`. Static and dynamic sparsity are also measured each alone. Half of the
+`method=lserve` (without each kind of sparsity alone), `smoke`. Static and dynamic sparsity are also measured each alone. Half of the
 kv heads stream by a fixed rule: which ones does not matter to time.
 """
 
@@ -14,7 +14,7 @@ KIB = 1024
 
 
 def get_config(arg=''):
-  arg = common.parse_arg(arg, length=0, op='', bits=16, weights='')
+  arg = common.parse_arg(arg, length=0, op='', bits=16, weights='', method='')
   config = common.base('measure_methods', 'LServe: speed on Llama 3 8B')
   config.preset = 'llama3_8b'
   cache = {16: 'paged', 8: 'paged_int8', 4: 'paged_int4'}[arg.bits]
@@ -37,6 +37,9 @@ def get_config(arg=''):
       'dynamic only': {**lserve, **(dynamic if prefill else {})},
     }
   )
+  if arg.method:
+    chosen = {arg.method: config.methods[arg.method]}
+    config.methods = common.table({'dense': {'method': dense}} | chosen)
   config.lengths = tuple(KIB * n for n in (64, 128, 256))
   if arg.length:
     config.lengths = (arg.length,)
