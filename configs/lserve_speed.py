@@ -4,8 +4,8 @@ python -m experiments.run --config=configs/lserve_speed.py
 
 Arguments: `length=N` (one length), `op=step|layer|prefill` (one op), `bits=8`
 or `4` (of the cache, on both sides), `weights=w8a8|w4a16|fp8` (on both sides),
-`method=lserve` (without each kind of sparsity alone), `smoke`. Static and dynamic sparsity are also measured each alone. Half of the
-kv heads stream by a fixed rule: which ones does not matter to time.
+`method=lserve` (without each kind of sparsity alone), `smoke`. Half of the kv
+heads stream by a fixed rule: which ones does not matter to time.
 """
 
 from configs import common
@@ -37,6 +37,11 @@ def get_config(arg=''):
       'dynamic only': {**lserve, **(dynamic if prefill else {})},
     }
   )
+  if arg.method and arg.method not in config.methods:
+    names = ', '.join(config.methods)
+    raise ValueError(
+      f'config argument method={arg.method!r} is not one of {names}'
+    )
   if arg.method:
     chosen = {arg.method: config.methods[arg.method]}
     config.methods = common.table({'dense': {'method': dense}} | chosen)
