@@ -10,7 +10,8 @@ The index of the paper is a graph over keys that is projected from the prompt's
 own queries, since decode queries are far from keys and near those
 (`lcx.select.vector_index_graph`); here there is one a kv head, from the queries
 of all its query heads, or, as in the paper, one a query head (`graphs`), with
-one store of keys. `exact`, `flat`, `ivf` and `hnsw` are the baselines.
+one store of keys. `exact`, `flat`, `ivf` and `hnsw` are the baselines, and
+`fastscan` a scan of 4-bit codes, for hosts whose memory a graph waits for.
 
 Beyond the paper: where a search may have failed, or has found too little of a
 query's softmax, it is widened (`lcx.cache.host_row`); new tokens join the index
@@ -39,7 +40,14 @@ from lcx.methods.dense import DensePrefill, dense_pairs
 from lcx.select import vector_index
 from lcx.select.vector_index_nearest import nearest, sampled
 
-_EFFORT = {'graph': 200, 'hnsw': 200, 'ivf': 64, 'flat': 0, 'exact': 0}
+_EFFORT = {
+  'graph': 200,
+  'hnsw': 200,
+  'ivf': 64,
+  'flat': 0,
+  'exact': 0,
+  'fastscan': 250,
+}
 _HELD_OUT = 16  # of as many sampled tokens of the last quarter, one
 _WANTED = 100  # nearest keys of a held-out query, at most
 
@@ -51,7 +59,8 @@ class RetrievalDecode(Decode):
   Attributes:
     top: tokens retrieved per query head (100 in the paper, 2000 for some).
     index: a kind of `lcx.select.vector_index`.
-    effort: efSearch of a graph, nprobe of `ivf`; 0: a default of the kind.
+    effort: efSearch of a graph, nprobe of `ivf`, keys that `fastscan` ranks
+      by their products; 0: a default of the kind.
     mass: estimated share of a query's softmax below which more keys are taken.
     most: keys taken for the sake of `mass`, at most.
     sink: first tokens that are always seen, on the device.

@@ -2,7 +2,9 @@
 
 One interface, several kinds. `exact` is plain numpy; the others search with
 faiss (extra `index`): `flat`, `ivf` and `hnsw` are its own, `graph` is the
-attention-aware graph of `lcx.select.vector_index_graph`.
+attention-aware graph of `lcx.select.vector_index_graph`, `fastscan` reads 4-bit
+codes of all keys and ranks the best of them by their products
+(`lcx.select.vector_index_scan`).
 
 An index numbers what it holds from 0; `tokens` says which token a number means,
 -1: removed. Replacing is removing and adding. What is removed is never found;
@@ -20,7 +22,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-KINDS = ('exact', 'flat', 'ivf', 'hnsw', 'graph')
+KINDS = ('exact', 'flat', 'ivf', 'hnsw', 'graph', 'fastscan')
 _FORMAT = 2  # of saved indexes; another one when `build` makes another graph
 
 
@@ -82,7 +84,8 @@ class Numbers:
     links = 4 * self.degree + 12 if self.kind in ('hnsw', 'graph') else 0
     links *= group if self.graphs == 'query_head' else 1
     half = self.kind == 'ivf' or (self.half and self.kind != 'hnsw')
-    return dim * (2 if half else 4) + links + 8
+    codes = (dim + 1) // 2 if self.kind == 'fastscan' else 0
+    return dim * (2 if half else 4) + codes + links + 8
 
 
 class Queries(Protocol):
@@ -131,7 +134,7 @@ class Index(Protocol):
     Args:
       q: float32 [n H].
       k: how many are wanted; the index may hold fewer.
-      effort: efSearch of a graph, nprobe of IVF.
+      effort: efSearch of a graph, nprobe of IVF, keys that `fastscan` ranks.
       graph: which of the index's graphs is searched.
     """
     ...

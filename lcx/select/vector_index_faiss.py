@@ -1,4 +1,4 @@
-"""Indexes that faiss searches: flat, IVF, HNSW, and a graph of our own.
+"""Indexes that faiss searches: flat, IVF, HNSW, and two of our own.
 
 faiss 1.15: a graph is put into level 0 of an HNSW index; what that needs is
 said at `inject`.
@@ -10,6 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from lcx.select import vector_index_graph as graphs
+from lcx.select import vector_index_scan as scans
 
 faiss: Any = importlib.import_module('faiss')  # its types are generated
 
@@ -181,17 +182,21 @@ class GraphIndex(FaissIndex):
     return super().nbytes + links
 
 
-def load(arrays) -> FaissIndex:
+def load(arrays) -> FaissIndex | scans.ScanIndex:
   """What `dump` wrote."""
+  if 'codes' in arrays:
+    return scans.ScanIndex.load(arrays)
   return (GraphIndex if 'store' in arrays else FaissIndex).load(arrays)
 
 
-def build(numbers, keys, tokens, queries) -> FaissIndex:
+def build(numbers, keys, tokens, queries) -> FaissIndex | scans.ScanIndex:
   """See `lcx.select.vector_index.build`."""
   x = np.ascontiguousarray(keys, np.float32)
   n, dim = x.shape
   if numbers.kind == 'flat':
     index = _storage(numbers, x)
+  elif numbers.kind == 'fastscan':
+    return scans.scan(_storage(numbers, x), x, tokens, numbers.seed)
   elif numbers.kind == 'ivf':
     lists = numbers.lists or max(1, min(int(4 * n**0.5), n // 39 or 1))
     kind = faiss.ScalarQuantizer.QT_fp16

@@ -24,6 +24,7 @@ FOUND = {
   'hnsw': 0.8,
   'graph': 0.9,
   'graph/query_head': 0.9,
+  'fastscan': 0.98,
 }
 needs_faiss = pytest.mark.skipif(
   not vi.has_faiss(), reason="needs faiss: pip install 'lcx[index]'"
@@ -211,6 +212,32 @@ def test_graphs_that_share_keys_grow_together():
     np.testing.assert_array_equal(
       again.search(q, C, 50, graph)[1], index.search(q, C, 50, graph)[1]
     )
+
+
+@needs_faiss
+def test_a_scan_of_codes_is_ranked_by_exact_products():
+  """With all keys ranked it is a scan of the keys, a removed one is gone."""
+  index, x, q, numbers = make('fastscan')
+  x = x.astype(np.float16).astype(np.float32)
+  found = index.search(q, C, N)[1]
+  np.testing.assert_array_equal(found - 7, exact(q, x))
+  few = [recall(index.search(q, C, e)[1], exact(q, x)) for e in (C, 2 * C)]
+  assert few[0] < few[1] < 1
+  # 4 bits and 16 of each element, and the tokens' numbers; codes by 32 keys.
+  assert 0 <= index.nbytes - N * numbers.bytes_per_key(DIM, 1) < 32 * DIM
+  index.remove(found[0])
+  assert index.search(q, N, 0)[1].shape == (50, N - C)
+  assert index.both.ntotal == index.store.ntotal == N - C
+
+
+@needs_faiss
+def test_elements_that_do_not_vary_are_scanned():
+  x, q = vectors()
+  x[:, 3], x[:, 4:] = 100.0, 0.0
+  index = vi.build(vi.Numbers(kind='fastscan'), x, 0)
+  assert recall(index.search(q, C, 4 * C)[1], exact(q, x), 0) > 0.95
+  index = vi.build(vi.Numbers(kind='fastscan'), 0 * x[:1], 0)
+  assert index.search(q[:1], C, 9)[1].tolist() == [[0]]
 
 
 def make_of(x, q, graphs):
