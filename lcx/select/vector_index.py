@@ -39,6 +39,7 @@ class Numbers:
       the nearest keys of held-out queries.
     graphs: of `graph`: one a 'kv_head', made of what all its query heads'
       queries found, or one a 'query_head', over the same stored keys.
+    bits: of an element in the codes of `fastscan`, 2 or 4.
     seed: of what is drawn.
   """
 
@@ -48,6 +49,7 @@ class Numbers:
   half: bool = True
   projection: str = 'auto'
   graphs: str = 'kv_head'
+  bits: int = 4
   seed: int = 0
 
   def __post_init__(self):
@@ -71,6 +73,8 @@ class Numbers:
         f"index graphs='query_head' is of kind 'graph', not {self.kind!r}: "
         "leave it 'kv_head'"
       )
+    if self.bits not in (2, 4):
+      raise ValueError(f'index bits={self.bits} must be 2 or 4')
 
   def bytes_per_key(self, dim: int, group: int) -> int:
     """Bytes that an index takes for a key, about.
@@ -84,7 +88,7 @@ class Numbers:
     links = 4 * self.degree + 12 if self.kind in ('hnsw', 'graph') else 0
     links *= group if self.graphs == 'query_head' else 1
     half = self.kind == 'ivf' or (self.half and self.kind != 'hnsw')
-    codes = (dim + 1) // 2 if self.kind == 'fastscan' else 0
+    codes = dim * self.bits // 8 if self.kind == 'fastscan' else 0
     return dim * (2 if half else 4) + codes + links + 8
 
 
@@ -96,7 +100,8 @@ class Queries(Protocol):
       -1: none. `graph` needs it.
     near_of: int [Q] query head of its group, of each of those queries.
     key_near: int [n d] the same for each key, or None.
-    held_out: [h H] queries that are not in `near`.
+    held_out: [h H] queries that are not in `near`; `fastscan` codes keys for
+      them.
     held_near: int [h c] their nearest keys.
     held_of: int [h] as `near_of`.
   """
@@ -240,8 +245,9 @@ def fingerprint(
     said: arrays, or None, by which the queries' part was said; of a kind that
       is made of keys alone they do not count.
   """
+  of_queries = numbers.kind in ('graph', 'fastscan')
   digest = hashlib.sha256(f'{_FORMAT} {numbers!r} {first}'.encode())
-  for x in (keys, *(said if numbers.kind == 'graph' else ())):
+  for x in (keys, *(said if of_queries else ())):
     if x is None:
       digest.update(b'none')
       continue

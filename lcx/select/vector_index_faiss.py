@@ -196,7 +196,7 @@ def build(numbers, keys, tokens, queries) -> FaissIndex | scans.ScanIndex:
   if numbers.kind == 'flat':
     index = _storage(numbers, x)
   elif numbers.kind == 'fastscan':
-    return scans.scan(_storage(numbers, x), x, tokens, numbers.seed)
+    return scans.scan(numbers, _storage(numbers, x), x, tokens, queries)
   elif numbers.kind == 'ivf':
     lists = numbers.lists or max(1, min(int(4 * n**0.5), n // 39 or 1))
     kind = faiss.ScalarQuantizer.QT_fp16

@@ -227,7 +227,7 @@ def test_a_scan_of_codes_is_ranked_by_exact_products():
   assert 0 <= index.nbytes - N * numbers.bytes_per_key(DIM, 1) < 32 * DIM
   index.remove(found[0])
   assert index.search(q, N, 0)[1].shape == (50, N - C)
-  assert index.both.ntotal == index.store.ntotal == N - C
+  assert index.index.ntotal == index.store.ntotal == N - C
 
 
 @needs_faiss
