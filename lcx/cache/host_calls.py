@@ -74,7 +74,7 @@ def _one_thread() -> None:
   from lcx.select import vector_index
 
   if vector_index.has_faiss():
-    import faiss
+    from lcx.select.vector_index_native import faiss
 
     faiss.omp_set_num_threads(1)
 

@@ -49,12 +49,13 @@ class Search:
 
   Attributes:
     top: tokens attended per query head.
-    effort: efSearch of a graph, nprobe of IVF.
+    effort: efSearch of a graph, nprobe of IVF, keys that `fastscan` ranks.
     first: tokens at the start that the device holds.
     recent: last tokens that the device holds, at least.
     page: tokens leave the device by pages.
     mass: share of a query's softmax below which more keys are taken.
     most: keys that are taken for the sake of `mass`, at most.
+    jobs: threads among which the queries of a call are split; 0: the cores.
   """
 
   top: int
@@ -64,6 +65,7 @@ class Search:
   page: int
   mass: float = 0.0
   most: int = 2000
+  jobs: int = 0
 
   def until(self, used: int) -> int:
     """End of what the host attends when a row holds `used` tokens."""
@@ -378,7 +380,9 @@ class Row:
       if misses > 2 or k >= step.until - step.first:
         self._exact(step, rows, step.until - step.first)
         continue
-      score, tokens = self._candidates(step, rows, k, effort, fresh)
+      score, tokens = self._candidates(
+        step, rows, k, effort, fresh, search.jobs or _CORES
+      )
       step.counts[0] += len(rows) * (len(self._sample) + step.until)
       step.counts[0] -= len(rows) * min(step.until, stop)
       weight, lse = weights(score)
@@ -442,7 +446,7 @@ class Row:
     missed = left.max(1) > np.where(some, middle + slack, -np.inf)
     return rest.astype(np.float32), missed
 
-  def _candidates(self, step: 'Step', rows, k, effort, fresh):
+  def _candidates(self, step: 'Step', rows, k, effort, fresh, jobs: int):
     """(scores, tokens) [R k] of listed queries, of index and fresh tokens."""
     stop, until = self.indexed[1], step.until
     recent = max(0, stop - until)  # indexed, but on the device since a cut
@@ -450,24 +454,19 @@ class Row:
     kind = rows // step.m * graphs + rows % step.m % graphs
     order = np.argsort(kind, kind='stable')
     cuts = np.flatnonzero(np.diff(kind[order])) + 1
-    parts = []
-    for part in np.split(order, cuts):
-      size = max(1, len(rows) // _CORES)  # about a job a core
-      parts += [part[i : i + size] for i in range(0, len(part), size)]
+    heads = np.split(order, cuts)
+    asked = [
+      (self.indexes[kind[x[0]] // graphs], kind[x[0]] % graphs, step.q[rows[x]])
+      for x in heads
+    ]
     score = np.full((len(rows), k + recent), -np.inf, np.float32)
     tokens = np.full(score.shape, -1, np.int64)
 
-    def search(part):
-      begin = time.perf_counter()
-      head, graph = divmod(int(kind[part[0]]), graphs)
-      some, found = self.indexes[head].search(
-        step.q[rows[part]], k + recent, effort, graph
-      )
+    for part, (some, found) in zip(
+      heads, step.searched(asked, k + recent, effort, jobs), strict=True
+    ):
       score[part, : some.shape[1]] = some
       tokens[part, : some.shape[1]] = found
-      return time.perf_counter() - begin
-
-    step.search_s += sum(step.side_by_side(search, parts))
     if recent:
       score = np.where(tokens < until, score, -np.inf)
     if fresh is not None:

@@ -69,6 +69,8 @@ class RetrievalDecode(Decode):
     neighbours: nearest keys of each of those, from which a graph is made.
     degree: links of a key in a graph.
     graphs: one a 'kv_head', or one a 'query_head': as many times the links.
+    bits: of an element in the codes of `fastscan`, 2 or 4.
+    jobs: threads among which the queries of a layer are split; 0: the cores.
     folder: where indexes are kept, by the fingerprint of what they are made of
       (keys, numbers, what the queries said); '': nowhere.
   """
@@ -84,6 +86,8 @@ class RetrievalDecode(Decode):
   neighbours: int = 32
   degree: int = 32
   graphs: str = 'kv_head'
+  bits: int = 4
+  jobs: int = 0
   folder: str = ''
 
   needs = frozenset({'host_tokens', 'rotated'})
@@ -103,6 +107,8 @@ class RetrievalDecode(Decode):
         raise ValueError(
           f'decode.{name}={getattr(self, name)} must be at least 1'
         )
+    if self.jobs < 0:
+      raise ValueError(f'decode.jobs={self.jobs} must be at least 0')
     if min(self.sink, self.effort) < 0 or not 0 <= self.mass < 1:
       raise ValueError(
         f'decode.sink={self.sink} and effort={self.effort} must be at least '
@@ -136,7 +142,7 @@ class RetrievalDecode(Decode):
   def numbers(self) -> vector_index.Numbers:
     """Of the index."""
     return vector_index.Numbers(
-      kind=self.index, degree=self.degree, graphs=self.graphs
+      kind=self.index, degree=self.degree, graphs=self.graphs, bits=self.bits
     )
 
   def index_bytes(self, config) -> int:
@@ -154,6 +160,7 @@ class RetrievalDecode(Decode):
       page=page,
       mass=self.mass,
       most=max(self.most, self.top),
+      jobs=self.jobs,
     )
 
   def observe(self, q, k, v, rope: Rope, state, ctx: Context) -> Near:

@@ -144,6 +144,13 @@ class Index(Protocol):
     """
     ...
 
+  def native(self, k: int, effort: int, graph: int = 0) -> Any | None:
+    """An index of faiss that searches so, for `together`; None: there is none.
+
+    It finds numbers, and is valid until the next call.
+    """
+    ...
+
   def add(self, keys: np.ndarray, tokens: np.ndarray) -> None:
     """Adds keys [m H] without building anew."""
     ...
@@ -182,6 +189,9 @@ class Exact:
     value = np.take_along_axis(value, order, 1)
     found = self.tokens[np.take_along_axis(best, order, 1)]
     return value, np.where(value > -np.inf, found, -1)
+
+  def native(self, k, effort, graph=0):
+    del k, effort, graph
 
   def add(self, keys, tokens):
     self.keys = np.concatenate([self.keys, keys])
@@ -231,6 +241,40 @@ def build(
   from lcx.select import vector_index_faiss
 
   return vector_index_faiss.build(numbers, keys, tokens, queries)
+
+
+def together(
+  asked: Sequence[tuple[Index, int, np.ndarray]], k: int, effort: int, jobs: int
+) -> list[tuple[np.ndarray, np.ndarray]] | None:
+  """Searches of several indexes in one native call, by threads of faiss.
+
+  Args:
+    asked: an index, which of its graphs, and float32 [n H] queries, each.
+    k: how many are wanted.
+    effort: as in `Index.search`.
+    jobs: threads, at least.
+
+  Returns:
+    What `Index.search` returns, of each; None where faiss cannot do it at once.
+  """
+  natives = [index.native(k, effort, graph) for index, graph, _ in asked]
+  if any(x is None for x in natives):
+    return None
+  from lcx.select import vector_index_native
+
+  if not vector_index_native.available():
+    return None
+  scores, numbers = vector_index_native.search(
+    natives, [q for _, _, q in asked], k, jobs
+  )
+  found = []
+  for (index, _, _), score, number in zip(asked, scores, numbers, strict=True):
+    tokens = index.tokens[number]
+    if number[:, -1].min() < 0:  # best first: those at the end
+      score = np.where(number >= 0, score, -np.inf)
+      tokens = np.where(number >= 0, tokens, -1)
+    found.append((score, tokens))
+  return found
 
 
 def fingerprint(

@@ -4,15 +4,13 @@ faiss 1.15: a graph is put into level 0 of an HNSW index; what that needs is
 said at `inject`.
 """
 
-import importlib
 from typing import Any, Self
 
 import numpy as np
 
 from lcx.select import vector_index_graph as graphs
 from lcx.select import vector_index_scan as scans
-
-faiss: Any = importlib.import_module('faiss')  # its types are generated
+from lcx.select.vector_index_native import faiss
 
 # Distinct first neighbours over queries below which a head is taken to be
 # concentrated: 96 and 173 of 20000 in two synthetic sets where cliques win by a
@@ -60,6 +58,16 @@ class FaissIndex:
     return np.where(found >= 0, score, -np.inf), np.where(
       found >= 0, tokens, -1
     )
+
+  def native(self, k, effort, graph=0):
+    index = self._searched(graph)
+    if self._gone or k > index.ntotal:
+      return None  # what is removed can be said to a search alone
+    if isinstance(index, faiss.IndexHNSW):
+      index.hnsw.efSearch = max(effort, k)
+    elif isinstance(index, faiss.IndexIVF):
+      index.nprobe = effort
+    return index
 
   def _searched(self, graph: int):
     del graph

@@ -21,12 +21,11 @@ keys are; looked-up products, 8 bits from the least to the largest, become
 coarser by that, and find less.
 """
 
-import importlib
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
-faiss: Any = importlib.import_module('faiss')  # its types are generated
+from lcx.select.vector_index_native import faiss
 
 # Positive levels by bits of an element: Max, "Quantizing for minimum
 # distortion", 1960, table I, of 4 and of 16 levels.
@@ -74,6 +73,11 @@ class ScanIndex:
       len(q), pointer(q), k, pointer(score), pointer(found), factor
     )
     return score, self.tokens[found]
+
+  def native(self, k, effort, graph=0):
+    del graph
+    self._both.k_factor = (max(k, effort) + 0.5) / k
+    return self._both if k <= len(self.tokens) else None
 
   def add(self, keys, tokens):
     x = np.ascontiguousarray(keys, np.float32)

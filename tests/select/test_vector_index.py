@@ -240,6 +240,42 @@ def test_elements_that_do_not_vary_are_scanned():
   assert index.search(q[:1], C, 9)[1].tolist() == [[0]]
 
 
+@needs_faiss
+@pytest.mark.parametrize('jobs', [1, 4, 9])
+@pytest.mark.parametrize('kind', list(FOUND)[1:])
+def test_several_indexes_are_searched_in_one_call(kind, jobs):
+  """Each its own queries, more and fewer; as it is by itself."""
+  (one, _, q, _), (other, *_) = make(kind), make(kind, first=70)
+  other.add(3 * q[:1], np.array([70 + N]))
+  last = one.graphs - 1
+  asked = [(one, last, q[:5]), (other, 0, q[5:6]), (other, last, q[:3])]
+  for k, effort in ((C, 50), (5, 8)):
+    got = vi.together(asked, k, effort, jobs)
+    for (index, graph, some), mine in zip(asked, got, strict=True):
+      want = index.search(some, k, effort, graph)
+      for a, b in zip(mine, want, strict=True):
+        np.testing.assert_array_equal(a, b)
+  assert got[2][1][0, 0] == 70 + N
+  assert vi.together(asked, N + 1, 50, jobs) is None
+  other.remove(np.arange(70 + N - 5, 70 + N + 1))
+  if kind == 'fastscan':  # what is removed is not there
+    assert vi.together(asked, C, 50, jobs)[2][1].max() < 70 + N - 5
+  else:
+    assert vi.together(asked, C, 50, jobs) is None
+
+
+@needs_faiss
+def test_a_native_call_that_fails_raises_and_the_next_one_answers():
+  from lcx.select import vector_index_native as native
+
+  index, _, q, _ = make('flat')
+  untrained = native.faiss.index_factory(DIM, 'IVF4,Flat')
+  with pytest.raises(RuntimeError, match='is_trained'):
+    native.search([index.native(C, 0), untrained], [q[:3], q[:2]], C, 4)
+  _, found = native.search([index.native(C, 0)] * 2, [q[:3], q[:2]], C, 4)
+  np.testing.assert_array_equal(found[1] + 7, index.search(q[:2], C, 0)[1])
+
+
 def make_of(x, q, graphs):
   numbers = vi.Numbers(graphs=graphs)
   return vi.build(numbers, x, 7, Queries(x, q))
