@@ -489,7 +489,8 @@ class Row:
 
     def mix(first):
       some = slice(first, first + at_once)
-      value = values[place[some]].astype(np.float32)
+      # As indices, bfloat16 would be copied element by element.
+      value = values.take(place[some], axis=0).astype(np.float32)
       step.out[rows[some]] = np.matmul(weight[some, None], value)[:, 0]
 
     step.side_by_side(mix, range(0, len(rows), at_once))

@@ -4,6 +4,7 @@ Plain numpy. All kv heads go together: a call of numpy for each would be most of
 a step's time, and Python runs in one thread at a time.
 """
 
+import concurrent.futures
 import time
 from typing import Any, NamedTuple
 
@@ -120,10 +121,17 @@ class Step:
     ]
 
   def side_by_side(self, work, each) -> list:
-    """`work` of each, in the pool's threads; raises what one of them raises."""
-    begin = time.perf_counter()
-    jobs = [self._pool.submit(work, x) for x in each]
-    done = [job.result() for job in jobs]
+    """`work` of each, in the pool's threads and the calling one.
+
+    Raises what one of them raises.
+    """
+    begin, (mine, *others) = time.perf_counter(), each
+    jobs = [self._pool.submit(work, x) for x in others]
+    try:
+      done = [work(mine)]
+    finally:  # they write into the step
+      concurrent.futures.wait(jobs)
+    done += [job.result() for job in jobs]
     self.native_s += time.perf_counter() - begin
     return done
 

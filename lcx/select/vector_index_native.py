@@ -63,6 +63,8 @@ class _Places:
       self.all.addIndex(place)
 
 
+# Of a property; by its name, faiss looks for misspelled ones first.
+_put = faiss.IndexPreTransform.index.fset
 _places = functools.lru_cache(maxsize=8)(_Places)
 
 
@@ -93,8 +95,9 @@ def search(
   found = np.empty((jobs * at_once, k), np.int64)
   pointer, here = faiss.swig_ptr, _places(jobs, dim)
   with here.lock:
-    for i, place in enumerate(here.places):
-      place.index = used[i] if i < len(used) else here.empty
+    used += [here.empty] * (jobs - len(used))
+    for place, index in zip(here.places, used, strict=True):
+      _put(place, index)
     here.all.search_c(
       len(flat), pointer(flat), k, pointer(score), pointer(found)
     )
