@@ -125,10 +125,10 @@ class Step:
 
     Raises what one of them raises.
     """
-    begin, (mine, *others) = time.perf_counter(), each
-    jobs = [self._pool.submit(work, x) for x in others]
+    begin = time.perf_counter()
+    jobs = [self._pool.submit(work, x) for x in each[1:]]
     try:
-      done = [work(mine)]
+      done = [work(x) for x in each[:1]]
     finally:  # they write into the step
       concurrent.futures.wait(jobs)
     done += [job.result() for job in jobs]
