@@ -302,8 +302,10 @@ def _gathered(config: Config):
   from lcx.methods.retrieval import RetrievalDecode
   from lcx.tasks.haystacks import default_text
 
+  names = [kind_and_options(kind)[0] for kind in config.kinds]
   decode = RetrievalDecode(
     top=config.top,
+    index='graph' if 'graph' in names else 'exact',  # what is observed for it
     queries=config.queries,
     neighbours=config.neighbours,
     degree=config.degree,
