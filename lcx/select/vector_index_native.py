@@ -77,7 +77,8 @@ def search(
     indexes: of faiss, with whatever says how they are searched.
     q: float32 [n H] queries of each index, at least one.
     k: how many are wanted.
-    jobs: threads, or one an index if they are more.
+    jobs: threads among which all queries are split; as many as indexes, at
+      least.
   """
   dim = q[0].shape[1]
   jobs = max(jobs, len(indexes))
@@ -85,12 +86,14 @@ def search(
   at_once = 1  # queries of a place
   while sum(-(-n // at_once) for n in sizes) > jobs:
     at_once += 1
-  batch = np.zeros((jobs, at_once, dim), np.float32)
-  flat, used, first = batch.reshape(-1, dim), [], 0
+  flat = np.zeros((jobs * at_once, dim), np.float32)
+  used, first = [], 0
   for index, some in zip(indexes, q, strict=True):
-    flat[first : first + len(some)] = some
     used += [index] * -(-len(some) // at_once)
-    first = len(used) * at_once
+    stop = len(used) * at_once
+    flat[first:stop] = some[-1]  # where the last place has fewer
+    flat[first : first + len(some)] = some
+    first = stop
   score = np.empty((jobs * at_once, k), np.float32)
   found = np.empty((jobs * at_once, k), np.int64)
   pointer, here = faiss.swig_ptr, _places(jobs, dim)

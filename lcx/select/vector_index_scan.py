@@ -76,8 +76,11 @@ class ScanIndex:
 
   def native(self, k, effort, graph=0):
     del graph
-    self._both.k_factor = (max(k, effort) + 0.5) / k
-    return self._both if k <= len(self.tokens) else None
+    n = len(self.tokens)
+    if k > n:
+      return None
+    self._both.k_factor = (min(max(k, effort), n) + 0.5) / k
+    return self._both
 
   def add(self, keys, tokens):
     x = np.ascontiguousarray(keys, np.float32)

@@ -231,6 +231,45 @@ def test_a_scan_of_codes_is_ranked_by_exact_products():
 
 
 @needs_faiss
+def test_keys_are_coded_for_the_queries_that_ask():
+  """Products are kept, errors even; what no query asks for takes no levels."""
+  from lcx.select import vector_index_scan as vs
+
+  x, q = vectors()
+  x[:, :4] *= 30.0
+  q[:, :4] /= 100.0
+  a, b = vs.balanced(x - x.mean(0), q, 0)
+  np.testing.assert_allclose(a @ b.T, np.eye(DIM), atol=1e-3)
+  error = np.var(x @ a, axis=0) @ np.mean((q @ b) ** 2, axis=0)
+  both = np.linalg.eigvals(np.cov(x.T) @ (q.T @ q) / len(q)).real
+  best = np.sqrt(np.maximum(both, 0)).sum() ** 2 / DIM
+  assert 0.7 * best < error < 1.5 * best  # by chance, and by those to come
+  assert error < np.var(x, axis=0) @ np.mean(q**2, axis=0)
+  assert error < 0.3 * np.var(x, axis=0).sum() * np.mean(q**2)
+  numbers = vi.Numbers(kind='fastscan')
+  found = [
+    recall(vi.build(numbers, x, 0, said).search(q[:50], C, 2 * C)[1],
+           exact(q[:50], x), 0)
+    for said in (Queries(x, q), None)
+  ]  # fmt: skip
+  assert found[0] > found[1] and found[0] > 0.95
+
+
+@needs_faiss
+@pytest.mark.parametrize('dim', [2, 6, 64, 80, 256])
+@pytest.mark.parametrize('bits', [2, 4])
+def test_keys_of_any_width_are_scanned(dim, bits):
+  draw = np.random.default_rng(0)
+  x, q = (draw.normal(size=(n, dim)).astype(np.float32) for n in (333, 20))
+  numbers = vi.Numbers(kind='fastscan', bits=bits)
+  index = vi.build(numbers, x, 0)
+  found = index.search(q, 10, 100)[1]
+  assert recall(found, exact(q, x, 10), 0) > 0.95
+  again = vi.from_bytes(vi.to_bytes(index, numbers, ''), numbers, '')
+  np.testing.assert_array_equal(again.search(q, 10, 100)[1], found)
+
+
+@needs_faiss
 def test_elements_that_do_not_vary_are_scanned():
   x, q = vectors()
   x[:, 3], x[:, 4:] = 100.0, 0.0
