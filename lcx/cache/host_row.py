@@ -39,7 +39,8 @@ _GROW = 1024  # tokens by which a row grows at least
 _SAMPLE = 256  # keys whose scores tell what a search left out
 _JOIN = 512  # fresh tokens that join an index together
 _BLOCK = 16384  # keys of an exact scan that are widened to float32 at a time
-_VALUES = 1024  # values that a job multiplies, at least
+_VALUES = 1024  # values that are multiplied together: they stay in a cache
+_A_JOB = 4  # times as many are a job: fewer take less time than a thread's wait
 _CORES = os.cpu_count() or 1
 
 
@@ -486,14 +487,16 @@ class Row:
     values = self.v.reshape(-1, self.v.shape[2])
     place = np.maximum(tokens, 0) + (rows // step.m * size)[:, None]
     at_once = max(1, _VALUES // tokens.shape[1])
+    a_job = _A_JOB * at_once
 
     def mix(first):
-      some = slice(first, first + at_once)
-      # As indices, bfloat16 would be copied element by element.
-      value = values.take(place[some], axis=0).astype(np.float32)
-      step.out[rows[some]] = np.matmul(weight[some, None], value)[:, 0]
+      for at in range(first, min(first + a_job, len(rows)), at_once):
+        some = slice(at, at + at_once)
+        # As indices, bfloat16 would be copied element by element.
+        value = values.take(place[some], axis=0).astype(np.float32)
+        step.out[rows[some]] = np.matmul(weight[some, None], value)[:, 0]
 
-    step.side_by_side(mix, range(0, len(rows), at_once))
+    step.side_by_side(mix, range(0, len(rows), a_job))
 
   def _exact(self, step: 'Step', rows, top: int) -> None:
     """Attention of listed queries over all tokens, or the `top` best."""
