@@ -5,7 +5,10 @@ python -m experiments.run --config=configs/retrieval_recall.py \
 
 Arguments: `layers=N` (every N-th layer), `smoke`. A row is a kv head of a layer
 under one kind of index; queries of the tokens after the indexed ones ask.
-`graph/query_head` is one graph a query head: as many times the links.
+`graph/query_head` is one graph a query head: as many times the links. Of
+`fastscan` the share scanned is of the keys that are ranked by exact products;
+codes of all keys are read beside them (a quarter of the bytes of 16-bit keys,
+`fastscan/2bit` an eighth).
 """
 
 from configs import common
@@ -17,12 +20,14 @@ def get_config(arg=''):
   config.model = '.cache/models/SmolLM2-135M-Instruct.Q4_1.gguf'
   config.length = 8192
   config.ops = ('recall',)
-  config.kinds = ('graph', 'graph/query_head', 'hnsw', 'ivf')
+  config.kinds = ('graph', 'graph/query_head', 'fastscan', 'hnsw', 'ivf')
   config.efforts = {
     'graph': (100, 200, 400, 800, 1600),
     'graph/query_head': (100, 200, 400, 800, 1600),
     'hnsw': (100, 200, 400, 800, 1600),
     'ivf': (4, 8, 16, 32, 64, 128),
+    'fastscan': (100, 150, 200, 300, 500),
+    'fastscan/2bit': (200, 400, 800, 1600),
   }
   config.layers = tuple(range(0, 96, arg.layers)) if arg.layers else ()
   config.text = ''

@@ -11,6 +11,9 @@ over the whole cache on the device.
 Keys and queries are drawn, so each decode time is printed with its recall by
 share of keys scanned, over efforts: the curve that configs/retrieval_recall.py
 prints of real heads. Rows carry bytes of both tiers and the device's peak.
+`fastscan` and `fastscan/2bit` read 4- or 2-bit codes of all keys; their share
+scanned is of the keys that are ranked by exact products. Threads that share a
+layer's queries: --config.jobs (0: as many as cores; heads at least).
 Caches are filled once; kinds: --config.kinds="('graph', 'flat')". A head of
 100K keys took a core 47 to 66 s to build with HNSW and up to 14 s with IVF, and
 32 layers have 256: give `layers=2`, or the kinds that there is time for.
@@ -26,12 +29,14 @@ def get_config(arg=''):
   config.length = arg.length
   config.layers = tuple(range(arg.layers))
   config.ops = (arg.op,) if arg.op else ('build', 'decode')
-  config.kinds = ('graph', 'ivf', 'hnsw', 'flat', 'device')
+  config.kinds = ('graph', 'fastscan', 'ivf', 'hnsw', 'flat', 'device')
   config.efforts = {
     'graph': (100, 150, 200, 400, 800),
     'hnsw': (100, 200, 400, 800, 1600),
     'ivf': (32, 64, 128, 256),
     'flat': (0,),
+    'fastscan': (100, 150, 200, 300),
+    'fastscan/2bit': (200, 400, 800, 1600),
   }
   config.recall = arg.recall
   config.top = 100
@@ -39,6 +44,7 @@ def get_config(arg=''):
   config.neighbours = 32
   config.degree = 32
   config.repeats = 10
+  config.jobs = 0
   config.dtype = 'bfloat16'
   config.output = ''
   if arg.smoke:

@@ -19,7 +19,7 @@ import datetime
 import pathlib
 import statistics
 import time
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -27,13 +27,14 @@ from experiments import environment, models
 from experiments.errors import Failure
 from experiments.results import Results, Row, key_of, write_json
 
-_MORE_KINDS = ('graph/query_head', 'device')
+_MORE_KINDS = ('graph/query_head', 'fastscan/2bit', 'device')
+_OPTIONS = {'': {}, 'query_head': {'graphs': 'query_head'}, '2bit': {'bits': 2}}
 
 
-def kind_and_graphs(kind: str) -> tuple[str, str]:
+def kind_and_options(kind: str) -> tuple[str, dict[str, Any]]:
   """What `lcx.select.vector_index.Numbers` calls a kind of a config."""
-  kind, _, graphs = kind.partition('/')
-  return kind, graphs or 'kv_head'
+  kind, _, option = kind.partition('/')
+  return kind, _OPTIONS[option]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Config:
       preset:NAME, whose heads and layers count.
     length: tokens that the index may hold.
     kinds: of `lcx.select.vector_index`; 'device' is dense on the device;
-      'graph/query_head' is 'graph' with one a query head.
+      'graph/query_head' is 'graph' with one a query head, 'fastscan/2bit' is
+      'fastscan' with codes of 2 bits an element.
     ops: which of recall, build and decode.
     title: of the run.
     text: a file that is read by `recall`; '': Python's own documentation.
@@ -61,6 +63,7 @@ class Config:
     neighbours: nearest keys of each sampled query.
     degree: links of a key.
     repeats: samples of `decode`, a token each.
+    jobs: of `decode`: threads that share a layer's queries; 0: the cores.
     dtype: of weights, keys and values.
     seed: of what is drawn.
     output: a file that also gets the rows; '': none.
@@ -81,6 +84,7 @@ class Config:
   neighbours: int = 32
   degree: int = 32
   repeats: int = 10
+  jobs: int = 0
   dtype: Literal['float32', 'bfloat16'] = 'bfloat16'
   seed: int = 0
   output: str = ''
@@ -97,6 +101,8 @@ class Config:
     for name in ('length', 'top', 'asked', 'repeats'):
       if getattr(self, name) < 1:
         raise ValueError(f'config.{name}={getattr(self, name)}: at least 1')
+    if self.jobs < 0:
+      raise ValueError(f'config.jobs={self.jobs}: at least 0')
     if self.repeats > 4000:
       raise ValueError(f'config.repeats={self.repeats}: at most 4000')
     if not 0 <= self.recall <= 1:
@@ -161,6 +167,7 @@ def _row(config, op: str, found: Row, where) -> Row:
     'dtype': config.dtype,
     'seed': config.seed,
     **({'target': config.recall} if op == 'decode' else {}),
+    **({'jobs': config.jobs} if op == 'decode' and config.jobs else {}),
     'device': where['device'],
     'git': where['git'],
   } | {k: found[k] for k in ('kind', 'layer', 'head') if k in found}
@@ -189,7 +196,8 @@ def _faiss_version() -> dict[str, str]:
 def _line(row: Row) -> str:
   head = f'{row["op"]:<7}{row["kind"]:<17}'
   if row['op'] == 'recall':
-    curve = _shown(zip(row['recall'], row['scanned'], strict=True))
+    points = zip(row['recall'], row['scanned'], strict=True)
+    curve = _shown(points, row.get('codes', 0.0))
     return f'{head} layer {row["layer"]:>2} head {row["head"]} {curve}'
   if row['op'] == 'build':
     return (
@@ -202,7 +210,7 @@ def _line(row: Row) -> str:
   )
   if not row.get('curve'):
     return line
-  here = _shown([(row['recall'], row['scanned'])])
+  here = _shown([(row['recall'], row['scanned'])], row.get('codes', 0.0))
   missed = ' (not reached)' if row['reached'] is False else ''
   return (
     f'{line}; effort {row["effort"]}: {here}{missed}\n'
@@ -210,9 +218,10 @@ def _line(row: Row) -> str:
   )
 
 
-def _shown(curve) -> str:
+def _shown(curve, codes: float = 0.0) -> str:
   """Recalls, each at its share of keys scanned."""
-  return ' '.join(f'{r:.3f}@{100 * s:.1f}%' for r, s in curve)
+  points = ' '.join(f'{r:.3f}@{100 * s:.1f}%' for r, s in curve)
+  return points + (f' and all codes ({100 * codes:g}%)' if codes else '')
 
 
 def _summary(rows) -> list[str]:
@@ -224,12 +233,17 @@ def _summary(rows) -> list[str]:
   recalls = [r for r in rows if r['op'] == 'recall']
   lines = []
   for kind in dict.fromkeys(r['kind'] for r in recalls):
-    mine = [r['scanned_at_95'] for r in recalls if r['kind'] == kind]
+    rows_of = [r for r in recalls if r['kind'] == kind]
+    mine = [r['scanned_at_95'] for r in rows_of]
     got = [s for s in mine if s is not None]
     mean = f'{100 * statistics.mean(got):.2f}%' if got else 'none'
+    codes = rows_of[0].get('codes')
+    beside = (
+      f' beside all codes ({100 * codes:g}% of the bytes)' if codes else ''
+    )
     lines.append(
-      f'{kind:<17} recall 0.95 at {mean} scanned, {len(got)} of {len(mine)} '
-      'heads reach it'
+      f'{kind:<17} recall 0.95 at {mean} scanned{beside}, {len(got)} of '
+      f'{len(mine)} heads reach it'
     )
   one, *others = [r for r in rows if r['op'] == 'decode'] or [None]
   lines += [
@@ -261,7 +275,7 @@ def recall(config: Config):
 
   kinds = [k for k in config.kinds if k != 'device']
   for kind in kinds:
-    vector_index.require(kind_and_graphs(kind)[0])
+    vector_index.require(kind_and_options(kind)[0])
   gathered = _gathered(config)
   for layer, (near, keys, asked) in gathered:
     for head in range(len(keys)):
@@ -288,8 +302,10 @@ def _gathered(config: Config):
   from lcx.methods.retrieval import RetrievalDecode
   from lcx.tasks.haystacks import default_text
 
+  names = [kind_and_options(kind)[0] for kind in config.kinds]
   decode = RetrievalDecode(
     top=config.top,
+    index='graph' if 'graph' in names else 'exact',  # what is observed for it
     queries=config.queries,
     neighbours=config.neighbours,
     degree=config.degree,
@@ -354,8 +370,8 @@ def _curve(config: Config, kind: str, near, keys, asked) -> Row:
   from lcx.select import vector_index
 
   n = len(keys)
-  name, graphs = kind_and_graphs(kind)
-  numbers = vector_index.Numbers(kind=name, degree=config.degree, graphs=graphs)
+  name, options = kind_and_options(kind)
+  numbers = vector_index.Numbers(kind=name, degree=config.degree, **options)
   holder = HostRow(1, keys.shape[1], np.float32)
   first = 128  # RetrievalDecode's sink
   holder.at = np.arange(first + n, dtype=np.int32)
@@ -366,7 +382,7 @@ def _curve(config: Config, kind: str, near, keys, asked) -> Row:
   want = best_of(asked, keys, config.top)
   recalls, scans = [], []
   for effort in config.efforts.get(kind, (0,)):
-    _, found, scan = searched(index, kind, asked, config.top, effort, n)
+    _, found, scan = searched(index, name, asked, config.top, effort, n)
     hit = (want[:, :, None] == found[:, None, :]).any(2)
     recalls.append(float(hit.mean()))
     scans.append(scan)
@@ -383,7 +399,7 @@ def _curve(config: Config, kind: str, near, keys, asked) -> Row:
     'hubs': _hubs(numbered.near),
     'build_s': build_s,
     'index_bytes': index.nbytes,
-  }
+  } | coded(numbers)
 
 
 def _hubs(near) -> float | None:
@@ -415,10 +431,20 @@ def found_by(index, q, top: int, effort: int):
   )
 
 
+def coded(numbers) -> Row:
+  """Of a kind that reads codes of all keys: their share of 16-bit keys' bytes.
+
+  `scanned` is the share of keys whose exact product was computed, beside them.
+  """
+  return {'codes': numbers.bits / 16} if numbers.kind == 'fastscan' else {}
+
+
 def searched(index, kind: str, q, top: int, effort: int, n: int):
-  """(scores, tokens, share of keys whose product was computed)."""
+  """(scores, tokens, share of keys whose exact product was computed)."""
   if kind in ('exact', 'flat'):
     return *index.search(q, top, effort), 1.0
+  if kind == 'fastscan':
+    return *index.search(q, top, effort), min(max(effort, top), n) / n
   from lcx.select import vector_index_faiss
 
   vector_index_faiss.scanned(reset=True)

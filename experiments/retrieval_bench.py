@@ -27,13 +27,16 @@ from experiments import models
 from experiments.measure_retrieval import (
   Config,
   best_of,
-  kind_and_graphs,
+  coded,
+  kind_and_options,
   searched,
 )
 from experiments.results import Row
 
 _CHUNK = 4096  # tokens that are drawn together, and that an append brings
 _ASKING = 16  # tokens whose queries tell an effort's recall
+# A search for `top` keys takes an effort of as many.
+_AT_LEAST_TOP = ('graph', 'hnsw', 'fastscan')
 _MOST = 0.5  # share of keys scanned beyond which no effort is tried
 
 
@@ -139,24 +142,25 @@ def _decode_part(config: Config, kind: str):
   from lcx.methods.retrieval import RetrievalDecode
 
   efforts = _efforts(config, kind)
-  name, graphs = kind_and_graphs(kind)
+  name, options = kind_and_options(kind)
   return RetrievalDecode(
     top=config.top,
     index=name,
-    graphs=graphs,
+    jobs=config.jobs,
     effort=efforts[min(2, len(efforts) - 1)],
     mass=0.0,
     queries=config.queries,
     neighbours=config.neighbours,
     degree=config.degree,
+    **options,
   )
 
 
 def _efforts(config: Config, kind: str) -> tuple[int, ...]:
   """Those of the kind, in order; 0 alone: its default, if it has any at all."""
-  name, _ = kind_and_graphs(kind)
+  name, _ = kind_and_options(kind)
   efforts = config.efforts.get(kind, config.efforts.get(name, (0,)))
-  if name in ('graph', 'hnsw'):  # a search for `top` keys takes that many
+  if name in _AT_LEAST_TOP:
     efforts = (max(e, config.top) if e else 0 for e in efforts)
   return tuple(sorted(set(efforts)))
 
@@ -347,7 +351,7 @@ def _effort(config: Config, kind: str, filled: _Filled, part) -> Row:
   for each in efforts:
     measure(each)
   if config.recall:
-    least = config.top if name in ('graph', 'hnsw') else 1
+    least = config.top if name in _AT_LEAST_TOP else 1
     effort, reached = smallest_effort(measure, config.recall, efforts, least)
   recall, scanned = measure(effort)
   return {
@@ -356,6 +360,7 @@ def _effort(config: Config, kind: str, filled: _Filled, part) -> Row:
     'scanned': scanned,
     'target': config.recall,
     'reached': reached,
+    **coded(part.numbers),
     'curve': [[e, *curve[e]] for e in sorted(curve)],
   }
 
@@ -477,7 +482,8 @@ def _timed(config: Config, part, caches, states, drawn):
     'repeats_ms': times[2:],
     'host_ms': middle.get('host_us', 0.0) / 1e3,
     'python_ms': middle.get('python_us', 0.0) / 1e3,
-    'search_ms_all_threads': middle.get('search_us', 0.0) / 1e3,
+    'search_ms': middle.get('search_us', 0.0) / 1e3,
+    'jobs': config.jobs,
     'counters': middle,
   }
   return row, caches

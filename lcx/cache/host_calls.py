@@ -22,7 +22,7 @@ from lcx.cache.host_step import COUNTERS
 
 # Microseconds: of the first call until the index is there, of a call, of that
 # what its own thread did while no other thread searched or multiplied for it
-# (Python's share), of all threads in the index.
+# (Python's share), in the index (`Part.search_s`).
 STATS = (*COUNTERS, 'wait_us', 'host_us', 'python_us', 'search_us')
 
 
@@ -74,7 +74,7 @@ def _one_thread() -> None:
   from lcx.select import vector_index
 
   if vector_index.has_faiss():
-    import faiss
+    from lcx.select.vector_index_native import faiss
 
     faiss.omp_set_num_threads(1)
 

@@ -39,7 +39,8 @@ _GROW = 1024  # tokens by which a row grows at least
 _SAMPLE = 256  # keys whose scores tell what a search left out
 _JOIN = 512  # fresh tokens that join an index together
 _BLOCK = 16384  # keys of an exact scan that are widened to float32 at a time
-_VALUES = 1024  # values that a job multiplies, at least
+_VALUES = 1024  # values that are multiplied together: they stay in a cache
+_A_JOB = 4  # times as many are a job: fewer take less time than a thread's wait
 _CORES = os.cpu_count() or 1
 
 
@@ -49,12 +50,13 @@ class Search:
 
   Attributes:
     top: tokens attended per query head.
-    effort: efSearch of a graph, nprobe of IVF.
+    effort: efSearch of a graph, nprobe of IVF, keys that `fastscan` ranks.
     first: tokens at the start that the device holds.
     recent: last tokens that the device holds, at least.
     page: tokens leave the device by pages.
     mass: share of a query's softmax below which more keys are taken.
     most: keys that are taken for the sake of `mass`, at most.
+    jobs: threads among which the queries of a call are split; 0: the cores.
   """
 
   top: int
@@ -64,6 +66,7 @@ class Search:
   page: int
   mass: float = 0.0
   most: int = 2000
+  jobs: int = 0
 
   def until(self, used: int) -> int:
     """End of what the host attends when a row holds `used` tokens."""
@@ -378,7 +381,9 @@ class Row:
       if misses > 2 or k >= step.until - step.first:
         self._exact(step, rows, step.until - step.first)
         continue
-      score, tokens = self._candidates(step, rows, k, effort, fresh)
+      score, tokens = self._candidates(
+        step, rows, k, effort, fresh, search.jobs or _CORES
+      )
       step.counts[0] += len(rows) * (len(self._sample) + step.until)
       step.counts[0] -= len(rows) * min(step.until, stop)
       weight, lse = weights(score)
@@ -442,7 +447,7 @@ class Row:
     missed = left.max(1) > np.where(some, middle + slack, -np.inf)
     return rest.astype(np.float32), missed
 
-  def _candidates(self, step: 'Step', rows, k, effort, fresh):
+  def _candidates(self, step: 'Step', rows, k, effort, fresh, jobs: int):
     """(scores, tokens) [R k] of listed queries, of index and fresh tokens."""
     stop, until = self.indexed[1], step.until
     recent = max(0, stop - until)  # indexed, but on the device since a cut
@@ -450,24 +455,19 @@ class Row:
     kind = rows // step.m * graphs + rows % step.m % graphs
     order = np.argsort(kind, kind='stable')
     cuts = np.flatnonzero(np.diff(kind[order])) + 1
-    parts = []
-    for part in np.split(order, cuts):
-      size = max(1, len(rows) // _CORES)  # about a job a core
-      parts += [part[i : i + size] for i in range(0, len(part), size)]
+    heads = np.split(order, cuts)
+    asked = [
+      (self.indexes[kind[x[0]] // graphs], kind[x[0]] % graphs, step.q[rows[x]])
+      for x in heads
+    ]
     score = np.full((len(rows), k + recent), -np.inf, np.float32)
     tokens = np.full(score.shape, -1, np.int64)
 
-    def search(part):
-      begin = time.perf_counter()
-      head, graph = divmod(int(kind[part[0]]), graphs)
-      some, found = self.indexes[head].search(
-        step.q[rows[part]], k + recent, effort, graph
-      )
+    for part, (some, found) in zip(
+      heads, step.searched(asked, k + recent, effort, jobs), strict=True
+    ):
       score[part, : some.shape[1]] = some
       tokens[part, : some.shape[1]] = found
-      return time.perf_counter() - begin
-
-    step.search_s += sum(step.side_by_side(search, parts))
     if recent:
       score = np.where(tokens < until, score, -np.inf)
     if fresh is not None:
@@ -487,13 +487,16 @@ class Row:
     values = self.v.reshape(-1, self.v.shape[2])
     place = np.maximum(tokens, 0) + (rows // step.m * size)[:, None]
     at_once = max(1, _VALUES // tokens.shape[1])
+    a_job = _A_JOB * at_once
 
     def mix(first):
-      some = slice(first, first + at_once)
-      value = values[place[some]].astype(np.float32)
-      step.out[rows[some]] = np.matmul(weight[some, None], value)[:, 0]
+      for at in range(first, min(first + a_job, len(rows)), at_once):
+        some = slice(at, at + at_once)
+        # As indices, bfloat16 would be copied element by element.
+        value = values.take(place[some], axis=0).astype(np.float32)
+        step.out[rows[some]] = np.matmul(weight[some, None], value)[:, 0]
 
-    step.side_by_side(mix, range(0, len(rows), at_once))
+    step.side_by_side(mix, range(0, len(rows), a_job))
 
   def _exact(self, step: 'Step', rows, top: int) -> None:
     """Attention of listed queries over all tokens, or the `top` best."""

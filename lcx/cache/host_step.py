@@ -4,10 +4,13 @@ Plain numpy. All kv heads go together: a call of numpy for each would be most of
 a step's time, and Python runs in one thread at a time.
 """
 
+import concurrent.futures
 import time
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from lcx.select import vector_index as vi
 
 _FAR = 1.25  # over the farthest held-out query's distance: a far one
 # Of query heads: keys scored beside the index, keys attended; queries that
@@ -23,7 +26,8 @@ class Part(NamedTuple):
     lse: float32 [K M].
     rest: float32 [K M] log of the estimated exp sum of all other tokens.
     counts: float [len(COUNTERS)].
-    search_s: seconds in the index, of all threads together.
+    search_s: seconds in the index: of one native call, its duration; else of
+      all threads together.
     native_s: seconds of the calling thread that it waited for searches and for
       products with values; the rest of its time is Python's.
   """
@@ -82,11 +86,52 @@ class Step:
     self.search_s = self.native_s = 0.0
     self._pool = pool
 
-  def side_by_side(self, work, each) -> list:
-    """`work` of each, in the pool's threads; raises what one of them raises."""
+  def searched(self, asked, k: int, effort: int, jobs: int) -> list:
+    """What each index finds: see `lcx.select.vector_index.together`.
+
+    In one native call, or by the pool's threads.
+    """
     begin = time.perf_counter()
-    jobs = [self._pool.submit(work, x) for x in each]
-    done = [job.result() for job in jobs]
+    found = vi.together(asked, k, effort, jobs)
+    if found is not None:
+      self.native_s += time.perf_counter() - begin
+      self.search_s += time.perf_counter() - begin
+      return found
+    size = max(1, sum(len(q) for _, _, q in asked) // jobs)
+    parts = [
+      (i, first)
+      for i, (_, _, q) in enumerate(asked)
+      for first in range(0, len(q), size)
+    ]
+
+    def search(part):
+      begin, (i, first) = time.perf_counter(), part
+      index, graph, q = asked[i]
+      some = index.search(q[first : first + size], k, effort, graph)
+      return some, time.perf_counter() - begin
+
+    found = [[] for _ in asked]
+    done = self.side_by_side(search, parts)
+    for (i, _), (some, seconds) in zip(parts, done, strict=True):
+      found[i].append(some)
+      self.search_s += seconds
+    return [
+      tuple(np.concatenate(x) for x in zip(*some, strict=True))
+      for some in found
+    ]
+
+  def side_by_side(self, work, each) -> list:
+    """`work` of each, in the pool's threads and the calling one.
+
+    Raises what one of them raises.
+    """
+    begin = time.perf_counter()
+    jobs = [self._pool.submit(work, x) for x in each[1:]]
+    try:
+      done = [work(x) for x in each[:1]]
+    finally:  # they write into the step
+      concurrent.futures.wait(jobs)
+    done += [job.result() for job in jobs]
     self.native_s += time.perf_counter() - begin
     return done
 

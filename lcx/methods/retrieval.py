@@ -10,7 +10,8 @@ The index of the paper is a graph over keys that is projected from the prompt's
 own queries, since decode queries are far from keys and near those
 (`lcx.select.vector_index_graph`); here there is one a kv head, from the queries
 of all its query heads, or, as in the paper, one a query head (`graphs`), with
-one store of keys. `exact`, `flat`, `ivf` and `hnsw` are the baselines.
+one store of keys. `exact`, `flat`, `ivf` and `hnsw` are the baselines, and
+`fastscan` a scan of 4-bit codes, for hosts whose memory a graph waits for.
 
 Beyond the paper: where a search may have failed, or has found too little of a
 query's softmax, it is widened (`lcx.cache.host_row`); new tokens join the index
@@ -39,7 +40,14 @@ from lcx.methods.dense import DensePrefill, dense_pairs
 from lcx.select import vector_index
 from lcx.select.vector_index_nearest import nearest, sampled
 
-_EFFORT = {'graph': 200, 'hnsw': 200, 'ivf': 64, 'flat': 0, 'exact': 0}
+_EFFORT = {
+  'graph': 200,
+  'hnsw': 200,
+  'ivf': 64,
+  'flat': 0,
+  'exact': 0,
+  'fastscan': 250,
+}
 _HELD_OUT = 16  # of as many sampled tokens of the last quarter, one
 _WANTED = 100  # nearest keys of a held-out query, at most
 
@@ -51,7 +59,8 @@ class RetrievalDecode(Decode):
   Attributes:
     top: tokens retrieved per query head (100 in the paper, 2000 for some).
     index: a kind of `lcx.select.vector_index`.
-    effort: efSearch of a graph, nprobe of `ivf`; 0: a default of the kind.
+    effort: efSearch of a graph, nprobe of `ivf`, keys that `fastscan` ranks
+      by their products; 0: a default of the kind.
     mass: estimated share of a query's softmax below which more keys are taken.
     most: keys taken for the sake of `mass`, at most.
     sink: first tokens that are always seen, on the device.
@@ -60,6 +69,8 @@ class RetrievalDecode(Decode):
     neighbours: nearest keys of each of those, from which a graph is made.
     degree: links of a key in a graph.
     graphs: one a 'kv_head', or one a 'query_head': as many times the links.
+    bits: of an element in the codes of `fastscan`, 2 or 4.
+    jobs: threads among which the queries of a layer are split; 0: the cores.
     folder: where indexes are kept, by the fingerprint of what they are made of
       (keys, numbers, what the queries said); '': nowhere.
   """
@@ -75,6 +86,8 @@ class RetrievalDecode(Decode):
   neighbours: int = 32
   degree: int = 32
   graphs: str = 'kv_head'
+  bits: int = 4
+  jobs: int = 0
   folder: str = ''
 
   needs = frozenset({'host_tokens', 'rotated'})
@@ -94,6 +107,8 @@ class RetrievalDecode(Decode):
         raise ValueError(
           f'decode.{name}={getattr(self, name)} must be at least 1'
         )
+    if self.jobs < 0:
+      raise ValueError(f'decode.jobs={self.jobs} must be at least 0')
     if min(self.sink, self.effort) < 0 or not 0 <= self.mass < 1:
       raise ValueError(
         f'decode.sink={self.sink} and effort={self.effort} must be at least '
@@ -127,7 +142,7 @@ class RetrievalDecode(Decode):
   def numbers(self) -> vector_index.Numbers:
     """Of the index."""
     return vector_index.Numbers(
-      kind=self.index, degree=self.degree, graphs=self.graphs
+      kind=self.index, degree=self.degree, graphs=self.graphs, bits=self.bits
     )
 
   def index_bytes(self, config) -> int:
@@ -145,6 +160,7 @@ class RetrievalDecode(Decode):
       page=page,
       mass=self.mass,
       most=max(self.most, self.top),
+      jobs=self.jobs,
     )
 
   def observe(self, q, k, v, rope: Rope, state, ctx: Context) -> Near:

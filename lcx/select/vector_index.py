@@ -2,7 +2,9 @@
 
 One interface, several kinds. `exact` is plain numpy; the others search with
 faiss (extra `index`): `flat`, `ivf` and `hnsw` are its own, `graph` is the
-attention-aware graph of `lcx.select.vector_index_graph`.
+attention-aware graph of `lcx.select.vector_index_graph`, `fastscan` reads 4-bit
+codes of all keys and ranks the best of them by their products
+(`lcx.select.vector_index_scan`).
 
 An index numbers what it holds from 0; `tokens` says which token a number means,
 -1: removed. Replacing is removing and adding. What is removed is never found;
@@ -20,7 +22,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-KINDS = ('exact', 'flat', 'ivf', 'hnsw', 'graph')
+KINDS = ('exact', 'flat', 'ivf', 'hnsw', 'graph', 'fastscan')
 _FORMAT = 2  # of saved indexes; another one when `build` makes another graph
 
 
@@ -37,6 +39,7 @@ class Numbers:
       the nearest keys of held-out queries.
     graphs: of `graph`: one a 'kv_head', made of what all its query heads'
       queries found, or one a 'query_head', over the same stored keys.
+    bits: of an element in the codes of `fastscan`, 2 or 4.
     seed: of what is drawn.
   """
 
@@ -46,6 +49,7 @@ class Numbers:
   half: bool = True
   projection: str = 'auto'
   graphs: str = 'kv_head'
+  bits: int = 4
   seed: int = 0
 
   def __post_init__(self):
@@ -69,6 +73,8 @@ class Numbers:
         f"index graphs='query_head' is of kind 'graph', not {self.kind!r}: "
         "leave it 'kv_head'"
       )
+    if self.bits not in (2, 4):
+      raise ValueError(f'index bits={self.bits} must be 2 or 4')
 
   def bytes_per_key(self, dim: int, group: int) -> int:
     """Bytes that an index takes for a key, about.
@@ -82,7 +88,8 @@ class Numbers:
     links = 4 * self.degree + 12 if self.kind in ('hnsw', 'graph') else 0
     links *= group if self.graphs == 'query_head' else 1
     half = self.kind == 'ivf' or (self.half and self.kind != 'hnsw')
-    return dim * (2 if half else 4) + links + 8
+    codes = dim * self.bits // 8 if self.kind == 'fastscan' else 0
+    return dim * (2 if half else 4) + codes + links + 8
 
 
 class Queries(Protocol):
@@ -93,7 +100,8 @@ class Queries(Protocol):
       -1: none. `graph` needs it.
     near_of: int [Q] query head of its group, of each of those queries.
     key_near: int [n d] the same for each key, or None.
-    held_out: [h H] queries that are not in `near`.
+    held_out: [h H] queries that are not in `near`; `fastscan` codes keys for
+      them.
     held_near: int [h c] their nearest keys.
     held_of: int [h] as `near_of`.
   """
@@ -131,8 +139,15 @@ class Index(Protocol):
     Args:
       q: float32 [n H].
       k: how many are wanted; the index may hold fewer.
-      effort: efSearch of a graph, nprobe of IVF.
+      effort: efSearch of a graph, nprobe of IVF, keys that `fastscan` ranks.
       graph: which of the index's graphs is searched.
+    """
+    ...
+
+  def native(self, k: int, effort: int, graph: int = 0) -> Any | None:
+    """An index of faiss that searches so, for `together`; None: there is none.
+
+    It finds numbers, and is valid until the next call.
     """
     ...
 
@@ -174,6 +189,9 @@ class Exact:
     value = np.take_along_axis(value, order, 1)
     found = self.tokens[np.take_along_axis(best, order, 1)]
     return value, np.where(value > -np.inf, found, -1)
+
+  def native(self, k, effort, graph=0):
+    del k, effort, graph
 
   def add(self, keys, tokens):
     self.keys = np.concatenate([self.keys, keys])
@@ -225,6 +243,40 @@ def build(
   return vector_index_faiss.build(numbers, keys, tokens, queries)
 
 
+def together(
+  asked: Sequence[tuple[Index, int, np.ndarray]], k: int, effort: int, jobs: int
+) -> list[tuple[np.ndarray, np.ndarray]] | None:
+  """Searches of several indexes in one native call, by threads of faiss.
+
+  Args:
+    asked: an index, which of its graphs, and float32 [n H] queries, each.
+    k: how many are wanted.
+    effort: as in `Index.search`.
+    jobs: threads, at least.
+
+  Returns:
+    What `Index.search` returns, of each; None where faiss cannot do it at once.
+  """
+  natives = [index.native(k, effort, graph) for index, graph, _ in asked]
+  if any(x is None for x in natives):
+    return None
+  from lcx.select import vector_index_native
+
+  if not vector_index_native.available():
+    return None
+  scores, numbers = vector_index_native.search(
+    natives, [q for _, _, q in asked], k, jobs
+  )
+  found = []
+  for (index, _, _), score, number in zip(asked, scores, numbers, strict=True):
+    tokens = index.tokens[number]
+    if number[:, -1].min() < 0:  # best first: those at the end
+      score = np.where(number >= 0, score, -np.inf)
+      tokens = np.where(number >= 0, tokens, -1)
+    found.append((score, tokens))
+  return found
+
+
 def fingerprint(
   numbers: Numbers, keys: np.ndarray, first: int, said: Sequence[Any] = ()
 ) -> str:
@@ -237,8 +289,9 @@ def fingerprint(
     said: arrays, or None, by which the queries' part was said; of a kind that
       is made of keys alone they do not count.
   """
+  of_queries = numbers.kind in ('graph', 'fastscan')
   digest = hashlib.sha256(f'{_FORMAT} {numbers!r} {first}'.encode())
-  for x in (keys, *(said if numbers.kind == 'graph' else ())):
+  for x in (keys, *(said if of_queries else ())):
     if x is None:
       digest.update(b'none')
       continue

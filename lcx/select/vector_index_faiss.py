@@ -1,17 +1,16 @@
-"""Indexes that faiss searches: flat, IVF, HNSW, and a graph of our own.
+"""Indexes that faiss searches: flat, IVF, HNSW, and two of our own.
 
 faiss 1.15: a graph is put into level 0 of an HNSW index; what that needs is
 said at `inject`.
 """
 
-import importlib
 from typing import Any, Self
 
 import numpy as np
 
 from lcx.select import vector_index_graph as graphs
-
-faiss: Any = importlib.import_module('faiss')  # its types are generated
+from lcx.select import vector_index_scan as scans
+from lcx.select.vector_index_native import faiss
 
 # Distinct first neighbours over queries below which a head is taken to be
 # concentrated: 96 and 173 of 20000 in two synthetic sets where cliques win by a
@@ -59,6 +58,16 @@ class FaissIndex:
     return np.where(found >= 0, score, -np.inf), np.where(
       found >= 0, tokens, -1
     )
+
+  def native(self, k, effort, graph=0):
+    index = self._searched(graph)
+    if self._gone or k > index.ntotal:
+      return None  # what is removed can be said to a search alone
+    if isinstance(index, faiss.IndexHNSW):
+      index.hnsw.efSearch = max(effort, k)
+    elif isinstance(index, faiss.IndexIVF):
+      index.nprobe = effort
+    return index
 
   def _searched(self, graph: int):
     del graph
@@ -181,17 +190,21 @@ class GraphIndex(FaissIndex):
     return super().nbytes + links
 
 
-def load(arrays) -> FaissIndex:
+def load(arrays) -> FaissIndex | scans.ScanIndex:
   """What `dump` wrote."""
+  if 'codes' in arrays:
+    return scans.ScanIndex.load(arrays)
   return (GraphIndex if 'store' in arrays else FaissIndex).load(arrays)
 
 
-def build(numbers, keys, tokens, queries) -> FaissIndex:
+def build(numbers, keys, tokens, queries) -> FaissIndex | scans.ScanIndex:
   """See `lcx.select.vector_index.build`."""
   x = np.ascontiguousarray(keys, np.float32)
   n, dim = x.shape
   if numbers.kind == 'flat':
     index = _storage(numbers, x)
+  elif numbers.kind == 'fastscan':
+    return scans.scan(numbers, _storage(numbers, x), x, tokens, queries)
   elif numbers.kind == 'ivf':
     lists = numbers.lists or max(1, min(int(4 * n**0.5), n // 39 or 1))
     kind = faiss.ScalarQuantizer.QT_fp16

@@ -13,6 +13,7 @@ from lcx.select import vector_index as vi
 DIM, N, FIRST = 16, 1500, 64
 SEARCH = Search(top=40, effort=80, first=FIRST, recent=32, page=16)
 KIND = 'graph' if vi.has_faiss() else 'exact'
+ROWS = ['kv_head', 'query_head', 'fastscan'] if vi.has_faiss() else ['kv_head']
 POOL = concurrent.futures.ThreadPoolExecutor(2)
 
 
@@ -68,14 +69,15 @@ def built():
   return row
 
 
-@pytest.fixture(
-  scope='module',
-  params=['kv_head', 'query_head'] if vi.has_faiss() else ['kv_head'],
-)
+@pytest.fixture(scope='module', params=ROWS)
 def one_or_two(request, built):
-  """A row with a graph of both query heads, and with one of each."""
+  """A row with a graph of both query heads, with one of each, with codes."""
   if request.param == 'kv_head':
     return built
+  if request.param == 'fastscan':
+    row = make('fastscan')
+    row.wait()
+    return row
   row = make(graphs='query_head')
   row.wait()
   assert row.indexes[0].graphs == 2 and row.nbytes > built.nbytes
@@ -131,6 +133,9 @@ class Marked:
 
   graphs, nbytes = 2, 0
 
+  def native(self, k, effort, graph):
+    return None
+
   def search(self, q, k, effort, graph):
     np.testing.assert_allclose(q[:, 0], graph, atol=1e-6)
     tokens = np.tile(FIRST + np.arange(k), (len(q), 1))
@@ -176,6 +181,9 @@ class Stuck:
   def __init__(self, row):
     self.row, self.asked = row, []
     self.nbytes, self.graphs = 0, 1
+
+  def native(self, k, effort, graph):
+    return None
 
   def search(self, q, k, effort, graph):
     del graph
@@ -290,6 +298,8 @@ def test_another_configuration_has_an_index_of_its_own(tmp_path):
     {'graphs': 'query_head'},
     {'kind': 'hnsw'},
     {'kind': 'flat'},
+    {'kind': 'fastscan'},
+    {'kind': 'fastscan', 'held_out': near.held_out[::-1] + 1},
     {'near': near.near[:200], 'near_of': near.near_of[:200]},  # queries
     {'near': near.near[:, :16]},  # neighbours
     {'key_near': near.key_near[:, :6]},

@@ -69,7 +69,7 @@ def test_the_smallest_effort_of_a_recall(of, efforts, least, want):
 
 @pytest.mark.skipif(not has_faiss(), reason="needs faiss: 'lcx[index]'")
 def test_a_pass_a_kind_over_caches_that_are_filled_once(monkeypatch):
-  """IVF and flat: no nearest keys of the prompt.
+  """IVF, flat and codes: no nearest keys of the prompt.
 
   The step is left out: a config's smoke has it.
   """
@@ -93,20 +93,24 @@ def test_a_pass_a_kind_over_caches_that_are_filled_once(monkeypatch):
   held = host_calls.held_bytes()
   jax.config.update('jax_disable_most_optimizations', True)
   config = measure_retrieval.Config(
-    'preset:tiny', 1024, ('ivf', 'flat'), ('build', 'decode'), layers=(0,),
-    efforts={'ivf': (1, 2), 'flat': (0,)}, recall=0.95, top=20, queries=64,
-    repeats=1, dtype='float32',
+    'preset:tiny', 1024, ('ivf', 'flat', 'fastscan'), ('build', 'decode'),
+    layers=(0,), efforts={'ivf': (1, 2), 'flat': (0,)}, recall=0.95, top=20,
+    queries=64, repeats=1, dtype='float32',
   )  # fmt: skip
   rows = list(retrieval_bench.speed(config))
   assert [(op, r['kind']) for op, r in rows] == [
-    ('build', 'ivf'), ('decode', 'ivf'), ('build', 'flat'), ('decode', 'flat')
+    ('build', 'ivf'), ('decode', 'ivf'), ('build', 'flat'), ('decode', 'flat'),
+    ('build', 'fastscan'), ('decode', 'fastscan'),
   ]  # fmt: skip
-  assert calls == {'layer': 1, 'nearest': 1, 'build': 2}  # held-out ones' only
+  assert calls == {'layer': 1, 'nearest': 1, 'build': 3}  # held-out ones' only
   ivf, flat = rows[1][1], rows[3][1]
   assert ivf['reached'] and ivf['recall'] >= 0.95
   assert [ivf['effort'], ivf['recall'], ivf['scanned']] in ivf['curve']
   assert ivf['curve'] == sorted(ivf['curve']) and ivf['effort'] > 2
   assert flat['scanned'] == 1.0 and flat['recall'] > 0.95
+  codes = rows[5][1]
+  assert codes['reached'] and codes['effort'] >= 20 and codes['codes'] == 1 / 4
+  assert codes['scanned'] == codes['effort'] / (1024 - 128 - 512)
   for _, row in rows:
     assert row['host_bytes'] > 2 * 1024 * 2 * 4 and row['kv_bytes'] > 0
   assert host_calls.held_bytes() == held

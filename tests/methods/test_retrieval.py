@@ -119,6 +119,20 @@ def test_less_than_all_is_seen(small):
   assert 0.2 < mass < 0.999
 
 
+@pytest.mark.skipif(not has_faiss(), reason="needs faiss: 'lcx[index]'")
+def test_a_scan_of_codes_answers_as_exact_search():
+  """Tokens that left the device later are found, too; 16-bit keys differ."""
+  want_tokens, want, _ = answer(
+    make_engine(host_method(index='exact')), [prompt(1)], 30
+  )
+  scan = host_method(index='fastscan', effort=CAPACITY)
+  tokens, scores, session = answer(make_engine(scan), [prompt(1)], 30)
+  assert tokens == want_tokens
+  chex.assert_trees_all_close(scores, want, rtol=2e-2, atol=2e-2)
+  assert session.sums['keys'][0] < 0.7 * session.sums['pairs'][0]
+  assert session.caches[0].rows()[0].indexes
+
+
 def test_rows_do_not_meet(clusters):
   """Batch order and padding do not matter where the index is used."""
   prompts = [prompt(2), prompt(3, context=190)]
@@ -243,7 +257,8 @@ def test_a_row_whose_search_raises_ends_alone(monkeypatch):
 
   broken.wait()
   assert broken.indexes
-  monkeypatch.setattr(broken.indexes[1], 'search', search)
+  for name in ('search', 'native'):  # by a thread of its own, or by faiss
+    monkeypatch.setattr(broken.indexes[1], name, search)
   tokens, status = engine.decode(session, 8)
   assert status == ['host_failed', 'ok'] and tokens[1] == want[1]
   assert 'a search thread' in host_calls.last_error
@@ -291,6 +306,10 @@ def test_what_cannot_be_served_is_refused_before_prefill(monkeypatch):
     make_engine(host_method(index='tree'))
   with pytest.raises(ValueError, match="'query_head' is of kind 'graph'"):
     make_engine(host_method(index='ivf', graphs='query_head'))
+  with pytest.raises(ValueError, match='bits=3 must be 2 or 4'):
+    make_engine(host_method(index='fastscan', bits=3))
+  with pytest.raises(ValueError, match='jobs=-1 must be at least 0'):
+    make_engine(host_method(jobs=-1))
   window = dataclasses.replace(CONFIG, sliding_window=128)
   with pytest.raises(ValueError, match='sliding window of 128'):
     host_method().decode.check(window, CAPACITY)

@@ -24,6 +24,7 @@ FOUND = {
   'hnsw': 0.8,
   'graph': 0.9,
   'graph/query_head': 0.9,
+  'fastscan': 0.98,
 }
 needs_faiss = pytest.mark.skipif(
   not vi.has_faiss(), reason="needs faiss: pip install 'lcx[index]'"
@@ -211,6 +212,107 @@ def test_graphs_that_share_keys_grow_together():
     np.testing.assert_array_equal(
       again.search(q, C, 50, graph)[1], index.search(q, C, 50, graph)[1]
     )
+
+
+@needs_faiss
+def test_a_scan_of_codes_is_ranked_by_exact_products():
+  """With all keys ranked it is a scan of the keys, a removed one is gone."""
+  index, x, q, numbers = make('fastscan')
+  x = x.astype(np.float16).astype(np.float32)
+  found = index.search(q, C, N)[1]
+  np.testing.assert_array_equal(found - 7, exact(q, x))
+  few = [recall(index.search(q, C, e)[1], exact(q, x)) for e in (C, 2 * C)]
+  assert few[0] < few[1] < 1
+  # 4 bits and 16 of each element, and the tokens' numbers; codes by 32 keys.
+  assert 0 <= index.nbytes - N * numbers.bytes_per_key(DIM, 1) < 32 * DIM
+  index.remove(found[0])
+  assert index.search(q, N, 0)[1].shape == (50, N - C)
+  assert index.index.ntotal == index.store.ntotal == N - C
+
+
+@needs_faiss
+def test_keys_are_coded_for_the_queries_that_ask():
+  """Products are kept, errors even; what no query asks for takes no levels."""
+  from lcx.select import vector_index_scan as vs
+
+  x, q = vectors()
+  x[:, :4] *= 30.0
+  q[:, :4] /= 100.0
+  a, b = vs.balanced(x - x.mean(0), q, 0)
+  np.testing.assert_allclose(a @ b.T, np.eye(DIM), atol=1e-3)
+  error = np.var(x @ a, axis=0) @ np.mean((q @ b) ** 2, axis=0)
+  both = np.linalg.eigvals(np.cov(x.T) @ (q.T @ q) / len(q)).real
+  best = np.sqrt(np.maximum(both, 0)).sum() ** 2 / DIM
+  assert 0.7 * best < error < 1.5 * best  # by chance, and by those to come
+  assert error < np.var(x, axis=0) @ np.mean(q**2, axis=0)
+  assert error < 0.3 * np.var(x, axis=0).sum() * np.mean(q**2)
+  numbers = vi.Numbers(kind='fastscan')
+  found = [
+    recall(vi.build(numbers, x, 0, said).search(q[:50], C, 2 * C)[1],
+           exact(q[:50], x), 0)
+    for said in (Queries(x, q), None)
+  ]  # fmt: skip
+  assert found[0] > found[1] and found[0] > 0.95
+
+
+@needs_faiss
+@pytest.mark.parametrize('dim', [2, 6, 64, 80, 256])
+@pytest.mark.parametrize('bits', [2, 4])
+def test_keys_of_any_width_are_scanned(dim, bits):
+  draw = np.random.default_rng(0)
+  x, q = (draw.normal(size=(n, dim)).astype(np.float32) for n in (333, 20))
+  numbers = vi.Numbers(kind='fastscan', bits=bits)
+  index = vi.build(numbers, x, 0)
+  found = index.search(q, 10, 100)[1]
+  assert recall(found, exact(q, x, 10), 0) > 0.95
+  again = vi.from_bytes(vi.to_bytes(index, numbers, ''), numbers, '')
+  np.testing.assert_array_equal(again.search(q, 10, 100)[1], found)
+
+
+@needs_faiss
+def test_elements_that_do_not_vary_are_scanned():
+  x, q = vectors()
+  x[:, 3], x[:, 4:] = 100.0, 0.0
+  index = vi.build(vi.Numbers(kind='fastscan'), x, 0)
+  assert recall(index.search(q, C, 4 * C)[1], exact(q, x), 0) > 0.95
+  index = vi.build(vi.Numbers(kind='fastscan'), 0 * x[:1], 0)
+  assert index.search(q[:1], C, 9)[1].tolist() == [[0]]
+
+
+@needs_faiss
+@pytest.mark.parametrize('jobs', [1, 4, 9])
+@pytest.mark.parametrize('kind', list(FOUND)[1:])
+def test_several_indexes_are_searched_in_one_call(kind, jobs):
+  """Each its own queries, more and fewer; as it is by itself."""
+  (one, _, q, _), (other, *_) = make(kind), make(kind, first=70)
+  other.add(3 * q[:1], np.array([70 + N]))
+  last = one.graphs - 1
+  asked = [(one, last, q[:5]), (other, 0, q[5:6]), (other, last, q[:3])]
+  for k, effort in ((C, 50), (5, 8)):
+    got = vi.together(asked, k, effort, jobs)
+    for (index, graph, some), mine in zip(asked, got, strict=True):
+      want = index.search(some, k, effort, graph)
+      for a, b in zip(mine, want, strict=True):
+        np.testing.assert_array_equal(a, b)
+  assert got[2][1][0, 0] == 70 + N
+  assert vi.together(asked, N + 1, 50, jobs) is None
+  other.remove(np.arange(70 + N - 5, 70 + N + 1))
+  if kind == 'fastscan':  # what is removed is not there
+    assert vi.together(asked, C, 50, jobs)[2][1].max() < 70 + N - 5
+  else:
+    assert vi.together(asked, C, 50, jobs) is None
+
+
+@needs_faiss
+def test_a_native_call_that_fails_raises_and_the_next_one_answers():
+  from lcx.select import vector_index_native as native
+
+  index, _, q, _ = make('flat')
+  untrained = native.faiss.index_factory(DIM, 'IVF4,Flat')
+  with pytest.raises(RuntimeError, match='is_trained'):
+    native.search([index.native(C, 0), untrained], [q[:3], q[:2]], C, 4)
+  _, found = native.search([index.native(C, 0)] * 2, [q[:3], q[:2]], C, 4)
+  np.testing.assert_array_equal(found[1] + 7, index.search(q[:2], C, 0)[1])
 
 
 def make_of(x, q, graphs):
