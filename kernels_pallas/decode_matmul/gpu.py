@@ -14,8 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-_LANE_NUMBERS = 64  # 16-bit numbers of the matrix that a thread holds
-_MOST_WARPS = 8
+# Fewer inputs than this are few bytes a row: several rows a program then.
+_FEW = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +23,8 @@ class MatmulSizes:
   """Static choices of the kernel.
 
   Attributes:
-    rows: outputs of a program; 0: 4 of large matrices, 2 of small ones; of what
-      has two parts, half as many.
-    warps: of a program; 0: as few as hold its rows in registers.
+    rows: outputs of a program, of what has two parts pairs; 0: as was best.
+    warps: of a program; 0: as was best.
     piece: inputs that a program holds as one tile, a power of two; 0: 2048.
   """
 
@@ -33,15 +32,15 @@ class MatmulSizes:
   warps: int = 0
   piece: int = 0
 
-  def filled(self, outputs: int, parts: int, inputs: int) -> 'MatmulSizes':
-    """With the defaults for a matrix of [outputs, parts, inputs]."""
-    rows = self.rows or (2 if outputs * parts <= 8192 else 4) // parts
+  def filled(
+    self, outputs: int, inputs: int, rows: int, warps: int
+  ) -> 'MatmulSizes':
+    """With these in the places of zeros, rows so that they divide outputs."""
+    rows = self.rows or rows
     while outputs % rows:
       rows //= 2
-    numbers = rows * parts * inputs // (32 * _LANE_NUMBERS)
-    warps = self.warps or min(_MOST_WARPS, pl.next_power_of_2(max(1, numbers)))
     piece = min(self.piece or 2048, pl.next_power_of_2(inputs))
-    return MatmulSizes(rows, warps, piece)
+    return MatmulSizes(rows, self.warps or warps, piece)
 
 
 def matmul(
@@ -70,7 +69,10 @@ def matmul(
     they are where they are launches of their own.
   """
   outputs, inputs = w.shape
-  sizes = (sizes or MatmulSizes()).filled(outputs, 1, inputs)
+  best = (2, 1 if inputs <= 4 * _FEW else 4)
+  if norm is not None:  # which all warps of a program share
+    best = (4 if inputs <= _FEW else 2, 4)
+  sizes = (sizes or MatmulSizes()).filled(outputs, inputs, *best)
 
   def kernel(x, w, norm, add, out):
     row = _rows(pl.program_id(0) * sizes.rows, sizes)
@@ -97,7 +99,8 @@ def gated_matmul(
   SwiGLU (arXiv:2002.05202, equation 6). Arguments as of `matmul`.
   """
   outputs, _, inputs = w.shape
-  sizes = (sizes or MatmulSizes()).filled(outputs, 2, inputs)
+  best = (2, 1) if inputs <= _FEW else (1, 4)
+  sizes = (sizes or MatmulSizes()).filled(outputs, inputs, *best)
 
   def kernel(x, w, norm, out):
     row = _rows(pl.program_id(0) * sizes.rows, sizes)
@@ -139,7 +142,8 @@ def rotated_matmul(
   """
   kv_heads, width, head_dim, inputs = w.shape
   group, half = width - 2, head_dim // 2
-  sizes = (sizes or MatmulSizes()).filled(half, 2, inputs)
+  best = (2 if inputs <= _FEW else 1, 4)
+  sizes = (sizes or MatmulSizes()).filled(half, inputs, *best)
   blocks = half // sizes.rows
 
   def kernel(x, w, norm, add, turn, out):

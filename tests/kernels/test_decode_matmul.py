@@ -123,11 +123,11 @@ def test_on_a_gpu(name):
 
 
 def test_sizes():
-  assert MatmulSizes().filled(1152, 1, 896) == MatmulSizes(2, 1, 1024)
-  assert MatmulSizes().filled(14336, 2, 4096).rows == 2
-  assert MatmulSizes(rows=4).filled(6, 1, 64).rows == 2
+  assert MatmulSizes().filled(1152, 896, 4, 2) == MatmulSizes(4, 2, 1024)
+  assert MatmulSizes(2, 8).filled(1152, 4096, 4, 2) == MatmulSizes(2, 8, 2048)
+  assert MatmulSizes(rows=4).filled(6, 64, 1, 1).rows == 2
   # Rows that no power of two above 1 divides.
-  assert MatmulSizes().filled(5, 1, 64).rows == 1
+  assert MatmulSizes().filled(5, 64, 4, 1).rows == 1
 
 
 def test_what_is_not_served(monkeypatch):
