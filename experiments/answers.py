@@ -15,8 +15,8 @@ from experiments.models import Source
 from experiments.prompts import Template
 from experiments.results import Row
 from lcx.engine.placement import NewKeys
+from lcx.engine.plan import Residual
 from lcx.engine.readings import Readings
-from lcx.engine.steps import Residual
 
 DEGENERATE = 0.5  # density above which a sparse method is not sparse
 _PAGE = 64  # capacities are multiples of it

@@ -36,7 +36,7 @@ from experiments.answers import Place, Variant
 from experiments.results import Results, Row, key_of, write_json
 from lcx import sharding
 from lcx.engine.placement import NewKeys, Placement
-from lcx.engine.steps import Residual
+from lcx.engine.plan import Residual
 from lcx.methods.base import Prompt
 
 Protocol = Literal['whole', 'context_first']

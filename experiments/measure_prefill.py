@@ -209,11 +209,11 @@ class Bench:
 
     from lcx import sharding
     from lcx.cache import CacheShape, Shards
-    from lcx.engine import steps
+    from lcx.engine.plan import Plan
 
     self.config, self.mesh, self.model = config, mesh, model
     self.method = method
-    self.plan = steps.Plan(model, method, mesh, trace=False)
+    self.plan = Plan(model, method, mesh, trace=False)
     shards, part = config.devices, method.prefill
     draw = np.random.default_rng(0)
     tokens = draw.integers(0, model.vocab_size, length, dtype=np.int32)
@@ -323,7 +323,7 @@ class Bench:
     import jax.numpy as jnp
     from jax.sharding import PartitionSpec as P
 
-    from lcx.engine.steps import AXES
+    from lcx.engine.plan import AXES
 
     row, prompt = P(AXES.data), P(AXES.data, AXES.seq)
     heads = P(AXES.data, AXES.seq, AXES.model)

@@ -63,7 +63,7 @@ def lower(
     tokens: of the prompt, padding included.
     preset: the model.
     cache: its name.
-    residual: as in the engine's `steps.Plan`.
+    residual: as in the engine's `Plan`.
     **apb: fields of the method, beside the hosts.
 
   Returns:
@@ -79,6 +79,7 @@ def lower(
   from lcx import methods, sharding
   from lcx.cache import CacheShape, Shards
   from lcx.engine import steps
+  from lcx.engine.plan import Plan
   from lcx.methods.apb import ApbPrefill
   from lcx.models import presets, transformer
 
@@ -98,7 +99,7 @@ def lower(
   part = method.prefill
   assert isinstance(part, ApbPrefill)
   part.check(model, tokens)
-  plan = steps.Plan(model, method, mesh, False, residual)
+  plan = Plan(model, method, mesh, False, residual)
   _, _, rows, _ = part.sizes(tokens)
   total = tokens + part.hosts * rows
   capacity = seq * -(-tokens // seq // 128) * 128

@@ -23,6 +23,7 @@ from lcx.engine.generation import (
 )
 from lcx.engine.meter import Meter
 from lcx.engine.placement import NewKeys, Placement
+from lcx.engine.plan import Plan, Residual
 from lcx.engine.readings import Reading, Readings
 from lcx.engine.sampling import Sampling, make_sampling
 from lcx.methods.base import Layout, Method, Prompt, Tail
@@ -95,7 +96,7 @@ class Engine:
     mesh: jax.sharding.Mesh | None = None,
     room: int = 256,
     new_keys: NewKeys = 'last',
-    residual: steps.Residual = 'whole',
+    residual: Residual = 'whole',
     trace: bool = True,
     readings: Readings | None = None,
   ):
@@ -115,7 +116,7 @@ class Engine:
     self.placement = Placement(
       method, mesh.shape['seq'], capacity, room, new_keys
     )
-    self.plan = steps.Plan(config, method, mesh, trace, residual)
+    self.plan = Plan(config, method, mesh, trace, residual)
     specs = weight_specs(config, mesh)
     where = sharding.fitted(mesh, specs, weights)
     self.weights = sharding.place(weights, where)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from lcx.cache import CacheShape
-from lcx.engine import steps
+from lcx.engine.plan import Plan
 from lcx.methods.base import Tail
 from lcx.models.transformer import attention_inputs, make_rope
 
@@ -36,7 +36,7 @@ class Fidelity(NamedTuple):
 
 
 def weights_of(
-  plan: steps.Plan,
+  plan: Plan,
   layer_weights: Any,
   x: Float[Array, 'B T D'],
   lengths: Int32[Array, 'B'],

@@ -5,23 +5,20 @@ projections and feed-forward stay outside, where the compiler places the
 collectives that the weights' sharding asks for.
 """
 
-import dataclasses
 import functools
 import math
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int32
 
-from kernels_pallas import add_norm
+from lcx.engine.plan import AXES, ROWS, Plan
 from lcx.engine.sampling import Sampling, sample, stops
-from lcx.methods.base import Axes, Context, Method, Tail, Trace
+from lcx.methods.base import Tail, Trace
 from lcx.methods.dense import DensePrefill
 from lcx.models import decode_layer, transformer
-from lcx.models.config import ModelConfig
 from lcx.models.transformer import (
   Weights,
   attention_inputs,
@@ -31,128 +28,7 @@ from lcx.models.transformer import (
   make_rope,
 )
 
-AXES = Axes()
-Residual = Literal['whole', 'spread']
-_ROWS = P(AXES.data)
 _PROMPT = P(AXES.data, AXES.seq)
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-  """What a program is specialised to (static, hashable).
-
-  Attributes:
-    config: the model.
-    method: the composition.
-    mesh: with axes ("data", "seq", "model").
-    trace: sums what attention did into the results.
-    residual: in prefill, between attention and feed-forward, the devices along
-      "model" all hold the tokens of their sequence shard ('whole'), or each its
-      part of them ('spread': sequence parallelism, arXiv:2205.05198): less
-      memory, and sums over heads and feed-forward may be scattered.
-
-  Raises:
-    ValueError: an unknown `residual`.
-  """
-
-  config: ModelConfig
-  method: Method
-  mesh: jax.sharding.Mesh
-  trace: bool = True
-  residual: Residual = 'whole'
-
-  def __post_init__(self):
-    if self.residual not in get_args(Residual):
-      raise ValueError(
-        f'residual={self.residual!r} must be one of {get_args(Residual)}'
-      )
-
-  @property
-  def token_axes(self) -> tuple[str, ...]:
-    """Axes over which a prefill's tokens are spread between its parts."""
-    if self.residual == 'spread':
-      return (AXES.seq, AXES.model)
-    return (AXES.seq,)
-
-  @property
-  def chunk(self) -> int:
-    """Positions of feed-forward that a shard does at a time in prefill.
-
-    On a CPU, what a chunk makes fits the cache (`layer_output` has the times).
-    Pieces of a shard do theirs together.
-    """
-    chunk = 512 if self.mesh.devices.flat[0].platform == 'cpu' else 4096
-    together = math.prod(self.mesh.shape[a] for a in self.token_axes[1:])
-    return max(1, chunk // together)
-
-  def at_layer(self, layer: int) -> 'Plan':
-    """The plan of a decode step's layer."""
-    decode = self.method.decode.at_layer(layer)
-    method = dataclasses.replace(self.method, decode=decode)
-    return dataclasses.replace(self, method=method)
-
-  def cache_specs(self):
-    return self.method.cache.specs()
-
-  def state_specs(self):
-    return self.method.decode.state_specs(AXES)
-
-  def learned_specs(self):
-    return self.method.prefill.learned_specs(AXES)
-
-  def place(self, x, *spec):
-    """Pins an array's sharding, so that programs fit one another."""
-    return jax.lax.with_sharding_constraint(
-      x, NamedSharding(self.mesh, P(*spec))
-    )
-
-  def place_tokens(self, x):
-    """Pins activations [B T D] of a prefill.
-
-    Raises:
-      ValueError: their pieces would not be equal.
-    """
-    size = math.prod(self.mesh.shape[a] for a in self.token_axes)
-    if x.shape[1] % size:
-      raise ValueError(
-        f"residual={self.residual!r} cuts the prompt's {x.shape[1]} padded "
-        f"tokens into {size} equal pieces: take residual='whole'"
-      )
-    return self.place(x, AXES.data, self.token_axes)
-
-  def context(self, **arrays) -> Context:
-    return Context(
-      **arrays,
-      n_layers=self.config.n_layers,
-      sliding_window=self.config.sliding_window,
-      trace=self.trace,
-      axes=AXES,
-    )
-
-  def fused(self, layer_weights, x) -> bool:
-    """Whether `decode_layer` takes a layer's products."""
-    # The partitioner cannot split a kernel: it would gather what a mesh splits.
-    return self.mesh.size == 1 and decode_layer.serves(layer_weights, x)
-
-  def add_norm(self, x, delta, scale):
-    """`transformer.add_norm` of few tokens: one launch on a GPU."""
-    eps = self.config.norm_eps
-    if not add_norm.serves(x.shape[-1]):
-      return transformer.add_norm(x, delta, scale, eps)
-    run = functools.partial(add_norm.gpu.add_norm, eps=eps)
-    return self.sharded(run, (_ROWS, _ROWS, P()), (_ROWS, _ROWS))(
-      x, delta, scale
-    )
-
-  def sharded(self, function, in_specs, out_specs):
-    # check_vma: pallas_call cannot name the axes its outputs vary over.
-    return jax.shard_map(
-      function,
-      mesh=self.mesh,
-      in_specs=in_specs,
-      out_specs=out_specs,
-      check_vma=False,
-    )
 
 
 def _sums(trace: Trace | None) -> dict[str, Float[Array, 'B']]:
@@ -223,8 +99,8 @@ def prefill_layer(
   out, cache, state, sums = plan.sharded(
     attend,
     (heads, heads, heads, cache_specs, state_specs)
-    + (_PROMPT, _PROMPT, _PROMPT, _ROWS, P(), P(), plan.learned_specs()),
-    (heads, cache_specs, state_specs, _ROWS),
+    + (_PROMPT, _PROMPT, _PROMPT, ROWS, P(), P(), plan.learned_specs()),
+    (heads, cache_specs, state_specs, ROWS),
   )(
     q,
     k,
@@ -293,7 +169,7 @@ def fill_layer(
   return plan.sharded(
     fill,
     (heads, heads, heads, cache_specs, state_specs)
-    + (_PROMPT, _PROMPT, _PROMPT, _ROWS, P(), P()),
+    + (_PROMPT, _PROMPT, _PROMPT, ROWS, P(), P()),
     (cache_specs, state_specs),
   )(q, k, v, cache, state, positions, source, valid, lengths, layer, seed)
 
@@ -407,8 +283,8 @@ def _few_tokens_layer(
   out, cache, state, sums = plan.sharded(
     attend,
     (heads, heads, heads, cache_specs, state_specs)
-    + (_ROWS, _ROWS, _ROWS, P(), P(), P()),
-    (heads, cache_specs, state_specs, _ROWS),
+    + (ROWS, ROWS, ROWS, P(), P(), P()),
+    (heads, cache_specs, state_specs, ROWS),
   )(q, k, v, cache, state, lengths, tail, count, layer, seed, inputs)
   if fused:
     run = functools.partial(decode_layer.layer_output, config=plan.config)

@@ -13,6 +13,7 @@ from experiments.collectives import collective_bytes
 from lcx import methods, sharding
 from lcx.cache import CacheShape, Shards
 from lcx.engine import Engine, steps
+from lcx.engine.plan import Plan, Residual
 from lcx.engine.readings import Readings
 from lcx.models import transformer
 from tests.methods.test_conformance import (
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.mesh
 PROMPTS = [prompt(1), prompt(2, context=170)]
 
 
-def make(method, mesh, residual: steps.Residual = 'spread', readings=None):
+def make(method, mesh, residual: Residual = 'spread', readings=None):
   return Engine(
     CONFIG,
     make_engine(method, mesh).weights,
@@ -55,7 +56,7 @@ def layer(residual, dims=(1, 2, 4), batch=1, length=4096):
     CONFIG, d_model=512, d_ff=4096, n_heads=4, n_kv_heads=4, head_dim=128
   )
   mesh, method = sharding.make_mesh(*dims), methods.get_method('dense')
-  plan = steps.Plan(config, method, mesh, False, residual)
+  plan = Plan(config, method, mesh, False, residual)
   shape = CacheShape(batch, 4, 128, length, 'float32', shards=Shards(*dims))
 
   def at(x, spec):

@@ -11,6 +11,7 @@ import pytest
 from kernels_pallas import add_norm
 from lcx.cache.base import CacheShape
 from lcx.engine import steps
+from lcx.engine.plan import Plan
 from lcx.methods import get_method
 from lcx.methods.base import Tail
 from lcx.models import transformer
@@ -61,7 +62,7 @@ def test_a_decode_step_takes_it_on_any_mesh(axes, monkeypatch):
   arrays += (Tail(place, place), place + 1, jnp.int32(0))
 
   def scores(**other):
-    plan = steps.Plan(config, method, mesh, **other)
+    plan = Plan(config, method, mesh, **other)
     run = functools.partial(steps.few_tokens, plan=plan)
     text = str(jax.make_jaxpr(run)(*arrays))
     return run(*arrays)[0], text.count('name=add_norm')

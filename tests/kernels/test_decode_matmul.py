@@ -13,6 +13,7 @@ from kernels_pallas.append_token import Joint
 from kernels_pallas.decode_matmul import MatmulSizes, gpu
 from lcx.cache.base import CacheShape
 from lcx.engine import steps
+from lcx.engine.plan import Plan
 from lcx.methods import get_method
 from lcx.methods.base import Tail
 from lcx.models import decode_layer, transformer
@@ -163,7 +164,7 @@ def test_a_decode_step_takes_them(bias, monkeypatch):
   place = jnp.zeros(1, jnp.int32)
 
   def scores(tokens, **other):
-    plan = steps.Plan(config, method, mesh, **other)
+    plan = Plan(config, method, mesh, **other)
     run = functools.partial(steps.few_tokens, plan=plan)
     count = place + tokens.shape[1]
     rest = (place, Tail(place, place), count, jnp.int32(0))

@@ -14,6 +14,7 @@ from experiments.collectives import collective_bytes, permuted
 from lcx import methods, sharding
 from lcx.cache import CacheShape, Shards
 from lcx.engine import Engine, steps
+from lcx.engine.plan import Plan
 from lcx.methods.apb import EVERY_TOKEN
 from lcx.methods.base import Prompt
 from lcx.models import transformer
@@ -71,7 +72,7 @@ def make_context(plan, row, layer, room, learned=()):
 def hidden(method, prompt, seq=1, config=CONFIG, question=None, room=None):
   """The document's last hidden states [T D], in its own order; the trace."""
   mesh = sharding.make_mesh(1, seq, 1)
-  plan = steps.Plan(config, method, mesh)
+  plan = Plan(config, method, mesh)
   part = method.prefill
   whole = 128 * part.pieces(seq)
   length = len(prompt.whole(question))
@@ -288,7 +289,7 @@ def test_one_host_is_plain_and_nothing_passed_is_star():
 
 def one_layer(method, hosts, change=None, room=1024):
   """Attention of random tokens [rows a host + block], host by host."""
-  plan = steps.Plan(CONFIG, method, sharding.make_mesh())
+  plan = Plan(CONFIG, method, sharding.make_mesh())
   layout = method.prefill.layout(request(room - 30), 0, room, 1)
   row = {k: jnp.asarray(v)[None] for k, v in layout._asdict().items()}
   total = len(layout.tokens)
@@ -335,7 +336,7 @@ def long(*values):
 
 def program(method, seq, trace=False, room=None):
   """Compiled prefill of one layer, and the padded tokens of its prompt."""
-  plan = steps.Plan(CONFIG, method, sharding.make_mesh(1, seq, 1), trace)
+  plan = Plan(CONFIG, method, sharding.make_mesh(1, seq, 1), trace)
   room = room or 128 * method.prefill.pieces(seq)
   layout = method.prefill.layout(request(room - 30), 0, room, seq)
   total = len(layout.tokens)
