@@ -48,7 +48,7 @@ _METHODS = {
   'apb': {'prefill': {'compressor': 'snapkv'}},
   'lserve': {'decode': {'budget': 1024, 'sink': 64, 'recent': 256}},
   'quest': {'decode': {'budget': 1024}},
-  'snapkv': {'decode': {'budget': 1024}},
+  'snapkv': {'decode': {'budget': 1024, 'crossover': 0}},
   'tokenselect': {'prefill': {'k': 512}, 'decode': {'k': 512}},
   '*': {},
 }

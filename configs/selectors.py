@@ -34,7 +34,7 @@ def get_config(arg=''):
     'a_shape': {'prefill': {'sink': 128, 'recent': 512}},
     'vertical_slash': {'prefill': {'columns': 128, 'diagonals': 256} | SELECT},
     'spargeattn': {'prefill': {'threshold': 0.9, 'similarity': 0.2} | SELECT},
-    'snapkv': {'decode': {'budget': 512}},
+    'snapkv': {'decode': {'budget': 512, 'crossover': 0}},
     'xattention': {'prefill': SELECT},
   }
   tail = {'tail': 64}  # the question's tokens see everything

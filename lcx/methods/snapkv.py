@@ -19,8 +19,9 @@ from kernels_pallas.selected_token import attend_tokens
 from lcx import cache as caches
 from lcx.methods import shards
 from lcx.methods.base import Axes, Context, Decode, Method, Rope, Trace
-from lcx.methods.dense import DensePrefill, dense_pairs
+from lcx.methods.dense import DenseDecode, DensePrefill, dense_pairs
 from lcx.methods.listed_pages import attend_listed
+from lcx.policy import AS_MEASURED
 from lcx.select.snapkv import snapkv
 from lcx.select.window import last_queries
 
@@ -65,6 +66,9 @@ class SnapKVDecode(Decode):
     kernel: positions over which votes are pooled, odd.
     pool: 'avg' or 'max'.
     room: tokens after the prompt that are seen; of more, the newest.
+    crossover: a cache with room for at most so many tokens is read whole: below
+      that reading less takes longer. -1: as was measured on this device
+      (lcx/policy.json), 0 where nothing was.
   """
 
   budget: int = 2048
@@ -72,6 +76,7 @@ class SnapKVDecode(Decode):
   kernel: int = 5
   pool: str = 'avg'
   room: int = 2048
+  crossover: int = AS_MEASURED
 
   needs = frozenset({'all_tokens', 'rotated'})
 
@@ -82,7 +87,9 @@ class SnapKVDecode(Decode):
 
   def at_tight_budget(self, length: int) -> 'SnapKVDecode':
     window = max(length // 32, 1)
-    return dataclasses.replace(self, budget=length // 4, window=window)
+    return dataclasses.replace(
+      self, budget=length // 4, window=window, crossover=0
+    )
 
   def check(self, config, capacity: int) -> None:
     if not 0 < self.window < self.budget:
@@ -96,6 +103,8 @@ class SnapKVDecode(Decode):
       raise ValueError(f"decode.pool={self.pool!r} must be 'avg' or 'max'")
     if self.room < 1:
       raise ValueError(f'decode.room={self.room} must be at least 1')
+    if self.crossover < AS_MEASURED:
+      raise ValueError(f'decode.crossover={self.crossover} must be at least -1')
 
   def state_specs(self, axes: Axes):
     # What a row keeps differs by sequence shard; heads are split as in q and k.
@@ -136,6 +145,8 @@ class SnapKVDecode(Decode):
     )
 
   def attend(self, q, k, v, rope: Rope, cache, state, ctx: Context):
+    if self._read_whole(q, k, cache, ctx):
+      return DenseDecode().attend(q, k, v, rope, cache, state, ctx)
     q, cache = shards.append_rotated(q, k, v, rope, cache, ctx)
     pages = cache.pages()
     ids, starts, lost = self._after(cache, state.since, pages.page)
@@ -160,6 +171,21 @@ class SnapKVDecode(Decode):
         counters={'lost_new_tokens': lost * q.shape[1] * 1.0},
       )
     return out, cache, state, trace
+
+  def _read_whole(self, q, k, cache, ctx: Context) -> bool:
+    crossover = self.crossover
+    if crossover == AS_MEASURED:
+      crossover = shards.dense_up_to(
+        'layer',
+        'snapkv',
+        ctx.axes,
+        heads=q.shape[2],
+        kv_heads=k.shape[2],
+        head_dim=q.shape[3],
+        bits=cache.pages().bits,
+      )
+    tokens = cache.page_starts().shape[2] * cache.pages().page
+    return tokens * jax.lax.axis_size(ctx.axes.seq) <= crossover
 
   def _after(self, cache, since: Int32[Array, 'B K'], page: int):
     """Ids and starts of the pages that reach `since`, and what `room` lost."""
