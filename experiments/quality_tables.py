@@ -2,14 +2,14 @@
 
 python -m experiments.quality_tables [RUN_FOLDER ...]
 
-Reads results/quality_h200.jsonl.xz and results/selector_speed.jsonl, writes
-results/quality_h200.md and results/selector_tradeoff.png. Folders of `evaluate`
-runs (results.jsonl, env.json) are taken into the rows first, each in the place
-of what its command gave before.
+Reads results/quality_h200.jsonl.xz, selector_speed.jsonl and snapkv_speed.jsonl
+there, writes results/quality_h200.md and results/selector_tradeoff.png. Folders
+of `evaluate` runs (results.jsonl, env.json) are taken into the rows first, each
+in the place of what its command gave before.
 
 A row is one of its run, with the run's command and without `TIMES`: runs that
-share a GPU say nothing about time. Seconds come from the rows of
-selector_bench alone, which have other heads and random keys.
+share a GPU say nothing about time. Times come from the rows of selector_bench
+and, of SnapKV's decode, measure_methods alone, which have other heads.
 """
 
 import io
@@ -35,6 +35,7 @@ from lcx.methods.spargeattn import ALL_TRUSTED
 RESULTS = pathlib.Path(__file__).parent / 'results'
 ROWS = RESULTS / 'quality_h200.jsonl.xz'
 SPEEDS = RESULTS / 'selector_speed.jsonl'
+DECODES = RESULTS / 'snapkv_speed.jsonl'
 TABLES = RESULTS / 'quality_h200.md'
 PLOT = RESULTS / 'selector_tradeoff.png'
 LEAST = 100  # samples of a point of the trade-off
@@ -50,10 +51,13 @@ TIMES = (
   'compile_s',
 )
 
-# (selector, length, share) -> dense cuDNN's time over that of the selector.
+# (selector, length, setting) -> dense's time over that of the selector.
 Speeds = dict[tuple[str, int, str], float]
 _SPEED = re.compile(r'(\w+) (1/\d+) of (\d+)K, density [\d.]+')
+_CROSSED = re.compile(r'(vertical_slash)_128_256( )of (\d+)K, .*, keys of \S+')
 _SHARES = ('1/8', '1/16')
+_OWN = 'own'  # what its numbers list, or keep for decode
+_SETTINGS = (*_SHARES, _OWN)
 _SELECTORS = {
   'XAttentionPrefill': 'xattention',
   'SpargePrefill': 'sparge',
@@ -90,13 +94,17 @@ _TRADE = """\
 
 ![selector_tradeoff.png](selector_tradeoff.png)
 
-Rows of the runs of `configs/selectors.py` above whose prefill selects (SnapKV's
-does not), by prefill density. Times faster: dense cuDNN's time over whole
-attention, estimate included, in kernels, at fixed densities {shares}, of
-`selector_speed.jsonl` at the row's length or, where it has none, at those
-nearest below and above. **They are of other heads (32 / 8 of 128) and random
-keys, not of these models**, and most rows here attended more than 1/8: at their
-own density they would take longer than that.
+Rows of the runs of `configs/selectors.py` above; density is prefill's, SnapKV's
+its decode's. Times faster: dense cuDNN's time over whole attention, estimate
+included, in kernels, of `selector_speed.jsonl` at the row's length or, where it
+has none, at those nearest below and above: XAttention's and SpargeAttn's at
+fixed densities {shares} of random keys, vertical_slash's at its own numbers
+on a model's keys; SnapKV's is of one layer's decode over 2,048 kept tokens
+(`snapkv_speed.jsonl`, from the host), where the rows here keep 512. **They are
+of other heads (32 / 8 of 128), not of these models**, and most rows here
+attended more than 1/8: at their own density they would take longer than that.
+a_shape at a length that it leaves out anything of, and SpargeAttn at similarity
+0.2, were not timed.
 """
 
 
@@ -151,15 +159,23 @@ def packed(rows: Iterable[Row]) -> bytes:
   return lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME)
 
 
-def speeds(rows: Iterable[Row]) -> Speeds:
-  """Of selector_bench's rows: op `attention`, ours, beside cuDNN."""
+def speeds(rows: Iterable[Row], decodes: Iterable[Row] = ()) -> Speeds:
+  """Of selector_bench's rows: op `attention`, ours, beside cuDNN.
+
+  Args:
+    rows: of selector_bench.
+    decodes: of measure_methods: SnapKV's layers beside dense.
+  """
   found = {}
   for row in rows:
-    case = _SPEED.fullmatch(row['case'])
+    case = _SPEED.fullmatch(row['case']) or _CROSSED.fullmatch(row['case'])
     ours = row['op'] == 'attention' and row['implementation'] == 'ours'
     if case and ours and row['peer'] == 'cudnn':
       name, share, length = case.groups()
-      found[name, 1024 * int(length), share] = row['ratio']
+      found[name, 1024 * int(length), share.strip() or _OWN] = row['ratio']
+  for row in decodes:
+    if row['implementation'] == 'snapkv' and row['ratio']:
+      found['snapkv', row['length'], _OWN] = row['ratio']
   return found
 
 
@@ -170,7 +186,7 @@ def markdown(rows: Sequence[Row], times: Speeds) -> str:
     *(_run(members) for members in runs(rows).values()),
     _TRADE.format(shares=' and '.join(_SHARES)),
     _table(
-      'model|length|protocol|task|method|prefill density|captured mass|'
+      'model|length|protocol|task|method|density|captured mass|'
       'vs dense|95% interval|won/lost|times faster',
       [_traded(line, members, times) for line, members in trades(rows)],
     ),
@@ -205,7 +221,9 @@ def trades(rows: Sequence[Row]) -> list[tuple[Line, list[Row]]]:
 
 
 def selector(row: Row) -> str:
-  """The name under which selector_bench times a row's prefill, or ''."""
+  """The name under which a row's selector is timed, or ''."""
+  if row.get('decode', '').startswith('SnapKVDecode('):
+    return 'snapkv'
   part, _, numbers = row['prefill'].partition('(')
   stride = re.search(r'\bstride=(\d+)', numbers)
   name = _SELECTORS.get(part, '')
@@ -301,15 +319,17 @@ def _traded(line: Line, rows: Sequence[Row], times: Speeds) -> list[str]:
     line.protocol.replace('_', ' '),
     line.task,
     labelled(line),
-    number(_prefill_density(rows), 3),
+    number(_density(rows), 3),
     number(line.mass, 3),
     *(mean, interval, won),
     _faster(selector(rows[0]), line.length, times),
   ]
 
 
-def _prefill_density(rows: Sequence[Row]) -> float:
-  return statistics.fmean(row['prefill_density'] for row in rows)
+def _density(rows: Sequence[Row]) -> float:
+  """Of what selects: prefill, or SnapKV's decode."""
+  what = 'decode' if selector(rows[0]) == 'snapkv' else 'prefill'
+  return statistics.fmean(row[f'{what}_density'] for row in rows)
 
 
 def _faster(name: str, length: int, times: Speeds) -> str:
@@ -327,7 +347,11 @@ def _faster(name: str, length: int, times: Speeds) -> str:
 
 
 def _both(name: str, length: int, times: Speeds) -> str:
-  found = (times.get((name, length, share)) for share in _SHARES)
+  found = [times.get((name, length, setting)) for setting in _SETTINGS]
+  if (name, length, _OWN) in times:
+    found = found[-1:]  # it has no other
+  else:
+    found = found[:-1]
   return ', '.join(number(ratio, 2) for ratio in found)
 
 
@@ -337,7 +361,9 @@ def _times(times: Speeds) -> str:
   cells = [
     [name]
     + [
-      _both(name, n, times) if (name, n, _SHARES[0]) in times else '-'
+      _both(name, n, times)
+      if any((name, n, at) in times for at in (_SHARES[0], _OWN))
+      else '-'
       for n in lengths
     ]
     for name in dict.fromkeys(name for name, *_ in times)
@@ -369,12 +395,14 @@ def draw(rows: Sequence[Row], times: Speeds) -> bytes:
   for i, ((model, length), points) in enumerate(panels.items()):
     where = f'{TASK}, {model}, {tidy(length, None)}'
     density, mass = (figure.add_subplot(grid[i, j]) for j in (0, 1))
-    _points(density, points, styles, _prefill_density)
+    _points(density, points, styles, _density)
     _points(mass, points, styles, _mass)
     density.axvspan(0.5, 1, color='0.9', zorder=0)  # no sparse row
     density.set(title=where, xlim=(0, 0.75), ylabel='score, against dense')
     mass.set(title=where, xlim=(0.65, 1))
-  density.set(xlabel='prefill density (hollow: context first)')
+  density.set(
+    xlabel="density of prefill, snapkv's of decode (hollow: context first)"
+  )
   mass.set(xlabel='captured mass of prefill, where traced')
   _curves(figure.add_subplot(grid[len(panels), :]), times, styles)
   found: dict = {}
@@ -416,7 +444,7 @@ def _curves(ax: Axes, times: Speeds, styles: dict[str, dict]) -> None:
   for name, share in dict.fromkeys((name, share) for name, _, share in times):
     of = (name, share)
     points = {n: x for (who, n, at), x in times.items() if (who, at) == of}
-    dash = '-' if share == _SHARES[0] else '--'
+    dash = '--' if share == _SHARES[1] else '-'
     ax.plot(*zip(*sorted(points.items())), linestyle=dash, **styles[name])
   ax.axhline(1, c='0.15', ls='--')
   ax.set_xscale('log', base=2)
@@ -424,10 +452,11 @@ def _curves(ax: Axes, times: Speeds, styles: dict[str, dict]) -> None:
   ax.xaxis.set_major_formatter(tidy)
   ax.yaxis.set_major_formatter(tidy)
   ax.set_xticks(sorted({n for _, n, _ in times}))
-  ax.set(xlabel='tokens', ylabel='times as fast as cuDNN')
+  ax.set(xlabel='tokens', ylabel='times as fast as dense')
   ax.set_title(
-    'Whole attention, estimate included; other heads (32 / 8 of 128), random '
-    f'keys (full: density {_SHARES[0]}, dashed: {_SHARES[1]})'
+    'Whole attention, estimate included, beside cuDNN; other heads (32 / 8 of '
+    f'128), random keys (full: density {_SHARES[0]},\ndashed: {_SHARES[1]}; '
+    "vertical_slash: a model's keys; snapkv: decode of a layer)"
   )
 
 
@@ -438,7 +467,7 @@ def main(argv: Sequence[str]) -> None:
     rows = taken(rows, pathlib.Path(folder))
   if argv:
     write_file(ROWS, packed(rows))
-  times = speeds(read(SPEEDS))
+  times = speeds(read(SPEEDS), read(DECODES))
   write_file(TABLES, markdown(rows, times))
   write_file(PLOT, draw(rows, times))
 
