@@ -431,7 +431,7 @@ def _points(
     ax.vlines(x, d.low, d.high, color=style['color'], alpha=0.5)
     ax.plot(x, d.mean, linestyle='', mfc=face, **style)
   ax.axhline(0, c='0.15', ls='--')
-  ax.set(ylim=(-0.85, 0.15))
+  ax.set(ylim=(-1.0, 0.15))
 
 
 def _mass(rows: Sequence[Row]) -> float | None:

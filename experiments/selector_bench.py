@@ -2,7 +2,7 @@
 
 Two ops a selector and length: `estimate` is the selector alone; `attention` is
 selector and block_sparse in one program, beside dense cuDNN on the same
-numbers: its ratio is the speed-up. Lengths from 4K on show the crossover, which
+numbers: its ratio is the speed-up. Short lengths show the crossover, which
 fit_policy.py finds against our own dense, since that runs in its place.
 a_shape's list is a closed form, so it has no estimate; snapkv reads its prompt
 densely and then chooses what decoding keeps, so it has nothing else.
