@@ -4,8 +4,10 @@ python -m experiments.run --config=configs/lserve_budget.py
 
 Arguments: `profile=FILE` (of configs/train_head_profile.py; without one no head
 streams), `vary=budget|reuse|page|cache|scorer` (one column of the table),
-`method=NAME` (one row beside dense), `smoke`. The default model is small;
---config.model and --config.lengths take any other.
+`method=NAME` (one row beside dense), `samples=N`, `smoke`. The default model is
+small; --config.model and --config.lengths take any other. `needle` takes the
+bundled model at 4K, budgets of a quarter and tasks that it can do: minutes on a
+CPU.
 """
 
 from configs import common
@@ -14,12 +16,14 @@ NEEDLES = ('niah_single_2', 'niah_multikey_1', 'niah_multivalue')
 
 
 def get_config(arg=''):
-  arg = common.parse_arg(arg, method='', profile='', vary='')
+  arg = common.parse_arg(
+    arg, method='', profile='', vary='', samples=100, needle=False
+  )
   config = common.base('evaluate', 'LServe: what its numbers cost in quality')
   config.model = '.cache/models/SmolLM2-135M-Instruct.Q4_1.gguf'
   config.dtype = 'bfloat16'
   rows = {'dense': {}}
-  for vary, variants in _variants().items():
+  for vary, variants in _variants(4 if arg.needle else 1).items():
     if arg.vary in ('', vary):
       rows |= {
         f'lserve {name}': {'method': 'lserve', 'profile': arg.profile, **fields}
@@ -28,7 +32,7 @@ def get_config(arg=''):
   config.methods = common.methods(arg.method, rows)
   config.tasks = common.table({name: {} for name in (*NEEDLES, 'vt')})
   config.lengths = (8192,)
-  config.samples = 100
+  config.samples = arg.samples
   config.protocols = ('whole', 'context_first')
   config.max_new_tokens = 0
   config.batch = 1
@@ -36,6 +40,15 @@ def get_config(arg=''):
   config.seed = 0
   config.haystack = ''
   config.transfer_guard = 'allow'
+  if arg.needle:
+    config.model = 'lcx/models/needle'
+    config.dtype = 'float32'
+    config.lengths = (4096,)
+    config.protocols = ('whole',)
+    config.max_new_tokens = 24
+    config.tasks = common.table(
+      {'niah_single_2': {'questions': 1}, 'niah_multikey_1': {'questions': 1}}
+    )
   if arg.smoke:
     config.model = 'preset:tiny'
     config.dtype = 'float32'
@@ -50,7 +63,14 @@ def get_config(arg=''):
   return config
 
 
-def _variants():
+def _variants(small):
+  """Labels name the undivided budgets."""
+
+  def budget(n):
+    window = {'sink': 64, 'recent': 256 // small}
+    return {'budget': n // small} | (window if small > 1 else {})
+
+  two = budget(2048)
   pages = {
     f'page={page}': {'cache': {'logical_page': 16, 'page': page}}
     for page in (16, 32)
@@ -60,17 +80,12 @@ def _variants():
     for n in (32, 64)
   }
   return {
-    'budget': {f'budget={n}': {'budget': n} for n in (1024, 2048, 4096, 8192)},
-    'reuse': {
-      f'reuse={n}': {'budget': 2048, 'reuse': n} for n in (1, 2, 8, 16)
-    },
-    'page': {
-      name: {'budget': 2048, **fields}
-      for name, fields in (pages | alone).items()
-    },
-    'cache': {f'bits={n}': {'budget': 2048, 'bits': n} for n in (8, 4)},
+    'budget': {f'budget={n}': budget(n) for n in (1024, 2048, 4096, 8192)},
+    'reuse': {f'reuse={n}': two | {'reuse': n} for n in (1, 2, 8, 16)},
+    'page': {name: two | fields for name, fields in (pages | alone).items()},
+    'cache': {f'bits={n}': two | {'bits': n} for n in (8, 4)},
     'scorer': {
-      'moments': {'budget': 2048, 'scorer': 'moments', 'stats': 'moments'},
-      'group=sum': {'budget': 2048, 'group': 'sum'},
+      'moments': two | {'scorer': 'moments', 'stats': 'moments'},
+      'group=sum': two | {'group': 'sum'},
     },
   }

@@ -1,4 +1,4 @@
-"""Selectors: estimate and whole attention beside dense cuDNN, 4K to 256K.
+"""Selectors: estimate and whole attention beside dense cuDNN, 1K to 256K.
 
 python -m experiments.run --config=configs/selector_speed.py
 
@@ -22,7 +22,7 @@ def get_config(arg=''):
     return decode(arg)
   config = common.base('measure', 'Selectors: estimate and attention')
   config.suite = 'selector_bench'
-  lengths = tuple(1024 * n for n in (4, 8, 16, 32, 64, 128, 256))
+  lengths = tuple(1024 * n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256))
   config.numbers = common.table(
     {
       'lengths': (arg.length,) if arg.length else lengths,
