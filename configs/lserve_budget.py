@@ -67,8 +67,10 @@ def _variants(small):
   """Labels name the undivided budgets."""
 
   def budget(n):
-    window = {'sink': 64, 'recent': 256 // small}
-    return {'budget': n // small} | (window if small > 1 else {})
+    fields = {'budget': n // small}
+    if small > 1:
+      fields['decode'] = {'sink': 64, 'recent': 256 // small}
+    return fields
 
   two = budget(2048)
   pages = {
