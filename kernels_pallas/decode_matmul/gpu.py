@@ -99,7 +99,7 @@ def gated_matmul(
   SwiGLU (arXiv:2002.05202, equation 6). Arguments as of `matmul`.
   """
   outputs, _, inputs = w.shape
-  best = (2, 1) if inputs <= _FEW else (1, 4)
+  best = (2, 1) if inputs <= _FEW else (2, 2) if norm is None else (1, 4)
   sizes = (sizes or MatmulSizes()).filled(outputs, inputs, *best)
 
   def kernel(x, w, norm, out):

@@ -2,19 +2,23 @@
 
 What `lcx.models.transformer` says in array operations, for the case where their
 launches take longer than their work: norms, bias, gate and residual sums are
-parts of the products (`kernels_pallas.decode_matmul`).
+parts of the products (`kernels_pallas.decode_matmul`), but for the norm before
+a wide model's feed-forward, a launch of its own (`kernels_pallas.add_norm`).
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from kernels_pallas import decode_matmul
+from kernels_pallas import add_norm, decode_matmul
 from kernels_pallas.append_token import Joint
 from lcx.models.config import ModelConfig
 from lcx.models.transformer import make_rope, rms_norm, split_qkv
 
 _MATRICES = ('qkv', 'o', 'gate_up', 'down')
+# From so many inputs on, a norm that each program of a product makes anew costs
+# more than one launch that makes it once.
+WIDE = 2048
 
 
 def serves(layer: dict[str, jax.Array], x: Float[Array, 'B T D']) -> bool:
@@ -76,14 +80,18 @@ def layer_output(
   config: ModelConfig,
 ) -> Float[Array, '1 1 D']:
   """As `transformer.layer_output`."""
+  attention = attention.astype(x.dtype).reshape(-1)
+  before, eps = x.reshape(-1), config.norm_eps
+  o, scale = layer['o'].reshape(config.d_model, -1), layer['ff_norm']
+  wide = config.d_model >= WIDE and add_norm.serves(config.d_model)
   with jax.named_scope('attention_output'):
-    total = decode_matmul.matmul(
-      attention.astype(x.dtype).reshape(-1),
-      layer['o'].reshape(config.d_model, -1),
-      add=x.reshape(-1),
-    )
+    if wide:
+      delta = decode_matmul.matmul(attention, o)
+      total, y = add_norm.gpu.add_norm(before, delta, scale, eps)
+      norm = None
+    else:
+      total = y = decode_matmul.matmul(attention, o, add=before)
+      norm = scale
   with jax.named_scope('feed_forward'):
-    y = decode_matmul.gated_matmul(
-      total, layer['gate_up'], norm=layer['ff_norm'], eps=config.norm_eps
-    )
+    y = decode_matmul.gated_matmul(y, layer['gate_up'], norm=norm, eps=eps)
     return decode_matmul.matmul(y, layer['down'], add=total).reshape(x.shape)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import decode_matmul, dispatch
+from kernels_pallas import add_norm, decode_matmul, dispatch
 from kernels_pallas.append_token import Joint
 from kernels_pallas.decode_matmul import MatmulSizes, gpu
 from lcx.cache.base import CacheShape
@@ -142,10 +142,13 @@ def test_what_is_not_served(monkeypatch):
   assert not decode_matmul.serves(1, w[:3])
 
 
-@pytest.mark.parametrize('bias', [False, True])
-def test_a_decode_step_takes_them(bias, monkeypatch):
+@pytest.mark.parametrize(
+  ('bias', 'wide'), [(False, False), (True, False), (True, True)]
+)
+def test_a_decode_step_takes_them(bias, wide, monkeypatch):
   # No other test's configuration: its programs must not be found again.
-  config = preset('tiny', norm_eps=7e-5, qkv_bias=bias, qk_norm=not bias)
+  eps = 8e-5 if wide else 7e-5
+  config = preset('tiny', norm_eps=eps, qkv_bias=bias, qk_norm=not bias)
   method = get_method('dense')
   axis_names = ('data', 'seq', 'model')
   types = (jax.sharding.AxisType.Auto,) * 3
@@ -170,17 +173,23 @@ def test_a_decode_step_takes_them(bias, monkeypatch):
     rest = (place, Tail(place, place), count, jnp.int32(0))
     arrays = (weights, caches, states, tokens, *rest)
     text = str(jax.make_jaxpr(run)(*arrays))
-    return run(*arrays)[0], text.count('name=decode_matmul')
+    return run(*arrays)[0], text.count('name=decode_matmul'), text
 
-  want, launches = scores(jnp.array([[3]]))
+  want, launches, _ = scores(jnp.array([[3]]))
   assert launches == 0
   for name in ('matmul', 'gated_matmul', 'rotated_matmul'):
     run = functools.partial(getattr(gpu, name), interpret=True)
     monkeypatch.setattr(decode_matmul, name, run)
   monkeypatch.setattr(decode_layer, 'serves', lambda layer, x: x.shape[1] == 1)
-  got, launches = scores(jnp.array([[3]]), trace=False)
+  if wide:
+    run = functools.partial(add_norm.gpu.add_norm, interpret=True)
+    monkeypatch.setattr(add_norm.gpu, 'add_norm', run)
+    monkeypatch.setattr(add_norm, 'serves', lambda width: True)
+    monkeypatch.setattr(decode_layer, 'WIDE', config.d_model)
+  got, launches, text = scores(jnp.array([[3]]), trace=False)
   # Layers are traced once; of two for queries, keys and values one is used.
   assert launches == 4 + bias
+  assert text.count('name=add_norm') == wide
   chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-4)
   assert scores(jnp.array([[3, 4]]), trace=False)[1] == 0
 
