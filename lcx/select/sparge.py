@@ -55,7 +55,8 @@ def sparge(
   """Lists of the key blocks whose means promise most.
 
   Args:
-    q: rotated queries; query i of row b stands at q_start[b] + i.
+    q: rotated queries; query i of row b stands at q_start[b] + i. A chunk of
+      whole blocks of a prompt gets the rows that the whole prompt would.
     k: rotated keys; with `axis`, this shard's piece of the sequence.
     q_start: position of each row's first query.
     lengths: keys of each row, over all shards.
@@ -69,7 +70,8 @@ def sparge(
     block_q: queries that share a list.
     block_k: keys of a block.
     axis: mesh axis that shards the sequence. Means are taken where keys live
-      and gathered: 4 K S H / block_k bytes.
+      and gathered (4 K S H / block_k bytes); scores are computed where the
+      queries live, each shard's rows over all means.
 
   Returns:
     The lists, the captured share of P and what the width cut off; where no

@@ -66,7 +66,9 @@ def vertical_slash(
   """Lists of the blocks that the best columns and diagonals cross.
 
   Args:
-    q: the rotated last queries of each row, see `window.last_queries`.
+    q: the rotated last queries of each row, see `window.last_queries`. They
+      choose for the whole prompt: a chunk of it (q_start, n_queries) gets the
+      whole prompt's lists only from the prompt's last queries, not its own.
     at: their positions, which must be consecutive; -1: no query.
     k: rotated keys.
     n_queries: T, the queries that get lists.

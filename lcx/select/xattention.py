@@ -67,7 +67,8 @@ def xattention(
   """Lists of the key blocks that hold most of the antidiagonal mass.
 
   Args:
-    q: rotated queries; query i of row b stands at q_start[b] + i.
+    q: rotated queries; query i of row b stands at q_start[b] + i. A chunk of
+      whole blocks of a prompt gets the rows that the whole prompt would.
     k: rotated keys; with `axis`, this shard's piece of the sequence, and q and
       q_start its queries.
     q_start: position of each row's first query.
