@@ -42,9 +42,9 @@ from lcx.select.block_rows import (
 _ROWS = 4096
 # float32 elements of what is kept of a chunk (64 MiB), one a row and block.
 _KEPT = 2**24
-# Bytes of keys that are copied at once, where they must be: those of one kv
-# head of 2**20 tokens, head dim 128, in bfloat16.
-_COPIED = 2**28
+# Bytes of keys that are copied at once, where they must be; of more, one kv
+# head at a time, which is 256 MiB at 2**20 tokens (head dim 128, bfloat16).
+_COPIED = 2**27
 
 
 def xattention(
@@ -91,7 +91,7 @@ def xattention(
   Returns:
     The lists, the captured mass and what the width cut off. Keys that no block
     divides (on Hopper, no 8 blocks: its kernel reads whole tiles) are padded, a
-    copy: of more than 256 MiB, that of one kv head at a time.
+    copy: of more than 128 MiB, that of one kv head at a time.
 
   Raises:
     ValueError: a budget outside (0, 1] (of an array: where its values are
