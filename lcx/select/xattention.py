@@ -143,8 +143,11 @@ def xattention(
     per_block=block_k // stride,
   )
 
-  def lists(row, head, n_rows, n_heads, most=_KEPT) -> Selected:
-    """Of some kv heads, from `head` on, of some rows of the batch."""
+  def lists(row, head, n_rows, n_heads, part=1) -> Selected:
+    """Of some kv heads, from `head` on, of some rows of the batch.
+
+    A chunk's memory is `part` times as small.
+    """
     start_at, length, cells = (
       lax.dynamic_slice_in_dim(x, row, n_rows) for x in (q_start, lengths, k)
     )
@@ -155,8 +158,8 @@ def xattention(
     if goal is not None and goal.ndim:
       goal = lax.dynamic_slice_in_dim(goal, head, n_heads)
     some = {0: (row, n_rows), 2: (head * group, n_heads * group)}
-    kept = most // (n_rows * n_heads * group * sb)
-    rows = min(_ROWS // group, kept) // shards
+    kept = _KEPT // (n_rows * n_heads * group * sb)
+    rows = min(_ROWS // group, kept) // (shards * part)
     chunk = max(1, min(rows // per_block, tb))
 
     def make(first):
@@ -201,7 +204,7 @@ def xattention(
   if copied <= _COPIED:
     return lists(0, 0, batch, kv_heads)
   found = lax.map(
-    lambda i: lists(i // kv_heads, i % kv_heads, 1, 1, _KEPT // 2),
+    lambda i: lists(i // kv_heads, i % kv_heads, 1, 1, 2),
     jnp.arange(batch * kv_heads),
   )
   return _all_heads(found, batch, heads)
