@@ -9,13 +9,14 @@ so one launch costs 2 M C F FLOPs and returns C / per_block numbers a row: the
 scores themselves are never stored.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from kernels_pallas import dispatch
 
-__all__ = ['block_lse']
+__all__ = ['block_lse', 'granule']
 
 
 def block_lse(
@@ -62,3 +63,26 @@ def block_lse(
     implementation, 'block_scores', 'block_lse', *args, per_block=per_block
   )
   return run(*args, per_block=per_block)
+
+
+def granule(
+  rows: jax.ShapeDtypeStruct,
+  cells: jax.ShapeDtypeStruct,
+  *,
+  per_block: int,
+  implementation: str | None = None,
+) -> int:
+  """Blocks by whose multiples `block_lse` reads cells without copying them.
+
+  A caller with other keys and many calls pads them once.
+
+  Args:
+    rows: shape [B K G R F] and dtype, as `block_lse` will get them.
+    cells: [B K C F].
+    per_block: cells of a block.
+    implementation: as `block_lse` takes it.
+  """
+  run = dispatch.choose(
+    implementation, 'block_scores', 'granule', rows, cells, per_block=per_block
+  )
+  return run()

@@ -36,6 +36,7 @@ from kernels_pallas.mosaic_gpu import (
 CLUSTER = 2
 CELLS = 256  # of a tile
 PIECE = 64  # channels of a stage: 128 bytes
+GRANULE = 8  # blocks: TMA takes them in whole tiles of so many
 STAGES = 4
 WAVES = 6  # programs a multiprocessor, at least: the last ones leave few idle
 
@@ -61,9 +62,15 @@ def refuse(
     return f'rows of {rows.shape[-1]} channels, which {PIECE} does not divide'
   if per_block not in (4, 8, 16):
     return f'{per_block=} is not one of 4, 8, 16'
-  if cells.shape[2] // per_block < CELLS // per_block:
+  whole = GRANULE * per_block  # others are padded
+  if -(-cells.shape[2] // whole) * whole < CELLS:
     return f'{cells.shape[2]} cells are less than a tile of {CELLS}'
   return None
+
+
+def granule() -> int:
+  """See `kernels_pallas.block_scores.granule`: TMA's whole tiles."""
+  return GRANULE
 
 
 def block_lse(rows, cells, last, factor, *, per_block):
@@ -76,8 +83,8 @@ def block_lse(rows, cells, last, factor, *, per_block):
     raise NotImplementedError(reason)
   batch, kv_heads, group, n_rows, f = rows.shape
   n_blocks = cells.shape[2] // per_block
-  # TMA wants blocks in whole tiles of 8: a copy, where there are others.
-  cells = pad_to(cells, 2, 8 * per_block)
+  # A copy, where there are others.
+  cells = pad_to(cells, 2, GRANULE * per_block)
   flat = rows.reshape(batch * kv_heads, group * n_rows, f)
   flat = pad_to(flat, 1, CLUSTER * TILE_Q)
 

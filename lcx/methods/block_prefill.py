@@ -7,6 +7,9 @@ attention, as in the dense prefill: a device receives
 
 Selection does not wait for them: a selector gets this shard's queries and keys,
 and, as a method says, moves what its scores need, or reads the gathered keys.
+
+Selectors take a chunk of a prompt's queries (`q_start`). The engine reads a
+prompt whole, so here a chunk is what one sequence shard holds.
 """
 
 import dataclasses

@@ -3,8 +3,8 @@
 Li et al., arXiv:2404.14469; see `lcx.select.snapkv`. The prompt is read densely
 and judged once, by its own last tokens: in the context-first protocol these are
 the context's, since the question is not known yet. Tokens that are not kept are
-never read again; the cache still holds them (the paper frees them), so that
-rewinding to the end of the prompt stays exact.
+never read again, but the cache still holds them: this saves time and no memory.
+(The paper frees them.) So rewinding to the end of the prompt stays exact.
 """
 
 import dataclasses
@@ -24,6 +24,16 @@ from lcx.methods.listed_pages import attend_listed
 from lcx.policy import AS_MEASURED
 from lcx.select.snapkv import snapkv
 from lcx.select.window import last_queries
+
+# Numbers of the rows that lcx/policy.json has (configs/selector_speed.py:decode
+# on an H200): another budget has another crossover.
+MEASURED = {
+  'budget': 2048,
+  'window': 32,
+  'kernel': 5,
+  'pool': 'avg',
+  'room': 2048,
+}
 
 
 @jax.tree_util.register_dataclass
@@ -67,8 +77,11 @@ class SnapKVDecode(Decode):
     pool: 'avg' or 'max'.
     room: tokens after the prompt that are seen; of more, the newest.
     crossover: a cache with room for at most so many tokens is read whole: below
-      that reading less takes longer. -1: as was measured on this device
-      (lcx/policy.json), 0 where nothing was.
+      that reading less takes longer. The whole capacity counts, prompt and
+      answer, and however few tokens a row holds: that is known only when the
+      program runs. -1: one token less than the crossover that was measured on
+      this device with these very numbers (lcx/policy.json), by tokens held; 0
+      where there is none.
   """
 
   budget: int = 2048
@@ -79,6 +92,12 @@ class SnapKVDecode(Decode):
   crossover: int = AS_MEASURED
 
   needs = frozenset({'all_tokens', 'rotated'})
+
+  @property
+  def measured_as(self) -> str:
+    """The method's name in measured rows; '': none has these numbers."""
+    same = all(getattr(self, name) == x for name, x in MEASURED.items())
+    return 'snapkv' if same else ''
 
   def at_full_budget(self, length: int) -> 'SnapKVDecode':
     return dataclasses.replace(
@@ -177,7 +196,7 @@ class SnapKVDecode(Decode):
     if crossover == AS_MEASURED:
       crossover = shards.dense_up_to(
         'layer',
-        'snapkv',
+        self.measured_as,
         ctx.axes,
         heads=q.shape[2],
         kv_heads=k.shape[2],

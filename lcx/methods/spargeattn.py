@@ -3,10 +3,11 @@
 Zhang et al., arXiv:2502.18137; see `lcx.select.sparge`. Without its second
 stage (skipping P V inside the kernel) and without its quantisation.
 
-On P sequence shards of T tokens each, means are taken where the keys live.
-Beside the attention's keys and values (`lcx.methods.block_prefill`) a device
-receives (P - 1) B K (T / 128) (4 H + 1) bytes a layer: float32 means of blocks
-and whether they are similar, 1 / 64 of what bfloat16 keys take.
+On P sequence shards of T tokens each, means are taken where the keys live and
+gathered; scores of block means are computed where the queries live. Beside the
+attention's keys and values (`lcx.methods.block_prefill`) a device receives
+(P - 1) B K (T / 128) (4 H + 1) bytes a layer: float32 means of blocks and
+whether they are similar, 1 / 64 of what bfloat16 keys take.
 """
 
 import dataclasses

@@ -7,6 +7,9 @@ assigned, and the most frequent one in the released tables.
 On P sequence shards all get the last w queries, an all-reduce of
 2 (P - 1) / P 4 B (w (N H + 1) + 1) bytes a layer, and each scores the keys that
 the attention gathers anyway.
+
+A prompt is read whole: its last queries choose for all of it, so a chunk that
+comes before them cannot be selected for.
 """
 
 import dataclasses
@@ -19,6 +22,9 @@ from lcx.methods.dense import DenseDecode
 from lcx.select.block_rows import Selected
 from lcx.select.vertical_slash import vertical_slash
 from lcx.select.window import last_queries
+
+# Last queries that chose where it was timed (experiments/selector_bench.py).
+MEASURED_WINDOW = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +43,8 @@ class VerticalSlashPrefill(BlockPrefill):
 
   @property
   def measured_as(self) -> str:
+    if self.window != MEASURED_WINDOW:
+      return ''
     return f'vertical_slash_{self.columns}_{self.diagonals}'
 
   def full_budget(self, length: int) -> dict[str, Any]:

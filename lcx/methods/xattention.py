@@ -58,6 +58,8 @@ class XAttentionPrefill(BlockPrefill):
     check_budget(self.threshold, self.density)
     if self.stride < 1 or 128 % self.stride:
       raise ValueError(f'prefill.stride={self.stride} must divide 128')
+    if self.per not in ('head', 'group'):
+      raise ValueError(f"prefill.per={self.per!r} must be 'head' or 'group'")
 
   def select(self, q, k, keys, *, q_start, ctx: Context) -> Selected:
     del keys

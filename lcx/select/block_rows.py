@@ -153,6 +153,42 @@ def padded(x: Array, axis: int, multiple: int) -> Array:
   return jnp.pad(x, pad)
 
 
+def blocks_of(
+  x: Array,
+  axis: int,
+  first: ArrayLike,
+  count: int,
+  block: int,
+  others: dict[int, tuple[ArrayLike, int]] | None = None,
+) -> Array:
+  """`count` blocks of x, zeros past its end: a copy of no more than these.
+
+  Args:
+    x: of any shape.
+    axis: that is cut into blocks.
+    first: the first block; the last one must reach less than a block past the
+      end of x.
+    count: blocks.
+    block: entries of a block.
+    others: (first entry, entries) of other axes that are not taken whole.
+  """
+  size, want = x.shape[axis], count * block
+  starts: list[ArrayLike] = [0] * x.ndim
+  sizes = list(x.shape)
+  for other, (start, n) in (others or {}).items():
+    starts[other], sizes[other] = start, n
+  sizes[axis] = min(size, want)
+  at = jnp.asarray(first) * block
+  starts[axis] = jnp.minimum(at, size - sizes[axis])
+  piece = lax.dynamic_slice(x, starts, sizes)
+  if size % block == 0:
+    return piece
+  pad = [(0, 0)] * x.ndim
+  pad[axis] = (0, want - sizes[axis] + block)
+  piece = jnp.pad(piece, pad)
+  return lax.dynamic_slice_in_dim(piece, at - starts[axis], want, axis)
+
+
 def blocks_at_density(
   reachable: Bool[Array, '*R C'], density: float
 ) -> Int32[Array, '*R 1']:

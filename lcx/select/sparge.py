@@ -24,10 +24,10 @@ from kernels_pallas.block_choice import choose_blocks
 from lcx.select.block_rows import (
   Selected,
   blocks_at_density,
+  blocks_of,
   by_chunks,
   check_budget,
   list_width,
-  padded,
   rows_at,
 )
 
@@ -55,7 +55,8 @@ def sparge(
   """Lists of the key blocks whose means promise most.
 
   Args:
-    q: rotated queries; query i of row b stands at q_start[b] + i.
+    q: rotated queries; query i of row b stands at q_start[b] + i. A chunk of
+      whole blocks of a prompt gets the rows that the whole prompt would.
     k: rotated keys; with `axis`, this shard's piece of the sequence.
     q_start: position of each row's first query.
     lengths: keys of each row, over all shards.
@@ -69,7 +70,8 @@ def sparge(
     block_q: queries that share a list.
     block_k: keys of a block.
     axis: mesh axis that shards the sequence. Means are taken where keys live
-      and gathered: 4 K S H / block_k bytes.
+      and gathered (4 K S H / block_k bytes); scores are computed where the
+      queries live, each shard's rows over all means.
 
   Returns:
     The lists, the captured share of P and what the width cut off; where no
@@ -85,11 +87,11 @@ def sparge(
   shards = 1 if axis is None else lax.axis_size(axis)
   if shards > 1 and k.shape[2] % block_k:
     raise ValueError(f'{block_k=} must divide a shard of {k.shape[2]} keys')
-  q, k = padded(q, 1, block_q), padded(k, 2, block_k)
   batch, t, heads, h = q.shape
   kv_heads, s = k.shape[1], k.shape[2]
   group = heads // kv_heads
-  tb, sb = t // block_q, s // block_k * shards
+  tb, n = -(-t // block_q), -(-s // block_k)
+  sb = n * shards
   # No bound by density: blocks that are not similar come on top of it.
   width = list_width(
     width,
@@ -103,21 +105,33 @@ def sparge(
   chunk = max(1, min(_KEPT // (batch * heads * sb), tb))
 
   first_key = 0 if shards == 1 else lax.axis_index(axis) * s
-  valid = first_key + jnp.arange(s) < lengths[:, None]
-  valid = valid.reshape(batch, -1, block_k)
   # Key blocks go in pieces; XLA on a CPU makes float32 copies of what it reads.
-  n = s // block_k
-  pieces = next(d for d in range(-(-s * h // _PIECE), n + 1) if n % d == 0)
-  row = jnp.arange(batch * kv_heads) // kv_heads
-  means, trusted = lax.map(
-    lambda args: _means(args[0], args[1], similarity),
+  # The last piece is moved back, its blocks' means taken twice.
+  size = max(1, min(_PIECE // (block_k * h), n))
+  pieces = -(-n // size)
+
+  def of_keys(i, found):
+    row, head = i // pieces // kv_heads, i // pieces % kv_heads
+    first = jnp.minimum(i % pieces * size, n - size)
+    piece = blocks_of(k, 2, first, size, block_k, {0: (row, 1), 1: (head, 1)})
+    valid = first * block_k + jnp.arange(size * block_k)
+    valid = (first_key + valid < lengths[row]).reshape(1, 1, size, block_k)
+    piece = piece.reshape(1, 1, size, block_k, h)
+    mean, similar = _means(piece, valid, similarity)
+    return (
+      lax.dynamic_update_slice(found[0], mean, (row, head, first, 0)),
+      lax.dynamic_update_slice(found[1], similar, (row, head, first)),
+    )
+
+  means, trusted = lax.fori_loop(
+    0,
+    batch * kv_heads * pieces,
+    of_keys,
     (
-      k.reshape(batch * kv_heads * pieces, -1, block_k, h),
-      valid[row].reshape(batch * kv_heads * pieces, -1, block_k),
+      jnp.zeros((batch, kv_heads, n, h), jnp.float32),
+      jnp.zeros((batch, kv_heads, n), bool),
     ),
   )
-  means = means.reshape(batch, kv_heads, n, h)
-  trusted = trusted.reshape(batch, kv_heads, n)
   if shards > 1:
     means, trusted = (
       lax.all_gather(x, axis, axis=2, tiled=True) for x in (means, trusted)
@@ -127,7 +141,7 @@ def sparge(
   def make(first):
     index = first + jnp.arange(chunk)
     at = rows_at(q_start, lengths, index, block_q, dense_below)
-    piece = lax.dynamic_slice_in_dim(q, first * block_q, chunk * block_q, 1)
+    piece = blocks_of(q, 1, first, chunk, block_q)
     piece = piece.reshape(batch, chunk, block_q, kv_heads, group, h)
     piece = piece.transpose(0, 3, 4, 1, 2, 5)
     valid = at.first[..., None] + jnp.arange(block_q) <= at.last[..., None]

@@ -66,7 +66,9 @@ def vertical_slash(
   """Lists of the blocks that the best columns and diagonals cross.
 
   Args:
-    q: the rotated last queries of each row, see `window.last_queries`.
+    q: the rotated last queries of each row, see `window.last_queries`. They
+      choose for the whole prompt: a chunk of it (q_start, n_queries) gets the
+      whole prompt's lists only from the prompt's last queries, not its own.
     at: their positions, which must be consecutive; -1: no query.
     k: rotated keys.
     n_queries: T, the queries that get lists.
@@ -91,9 +93,8 @@ def vertical_slash(
   if columns < 1 or diagonals < 1:
     raise ValueError(f'{columns=} and {diagonals=} must be at least 1')
   batch, heads, size, h = q.shape
-  k = padded(k, 2, block_k)
   kv_heads, s = k.shape[1], k.shape[2]
-  tb, sb = -(-n_queries // block_q), s // block_k
+  tb, sb = -(-n_queries // block_q), -(-s // block_k)
   width = list_width(
     width,
     batch * heads * tb,
@@ -105,7 +106,7 @@ def vertical_slash(
   scale = h**-0.5 if scale is None else scale
 
   def pick(vertical, slash, length):
-    column = jnp.arange(s)
+    column = jnp.arange(sb * block_k)
     old = jnp.broadcast_to(column < length, vertical.shape)
 
     def best(sums, first, limit):
@@ -126,7 +127,8 @@ def vertical_slash(
 
   def sums_of(i):
     row = i // kv_heads
-    return _sums(queries[i], keys[i], at[row], lengths[row], scale)
+    sums = _sums(queries[i], keys[i], at[row], lengths[row], scale)
+    return tuple(padded(x, 1, block_k) for x in sums)
 
   def of_heads(some):
     """A choice is a chain of small steps: of some heads at once."""

@@ -15,19 +15,22 @@ one that is turned round. What is kept of a chunk's scores is float32 [rows,
 Sb], the log-sum-exp of each block (kernels_pallas/block_scores).
 """
 
+import dataclasses
 import functools
 import math
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from kernels_pallas import block_scores
 from kernels_pallas.block_choice import Listed, choose_blocks
-from kernels_pallas.block_scores import block_lse
 from lcx.select.block_rows import (
   Rows,
   Selected,
   blocks_at_density,
+  blocks_of,
   by_chunks,
   check_budget,
   list_width,
@@ -39,6 +42,9 @@ from lcx.select.block_rows import (
 _ROWS = 4096
 # float32 elements of what is kept of a chunk (64 MiB), one a row and block.
 _KEPT = 2**24
+# Bytes of keys that are copied at once, where they must be; of more, one kv
+# head at a time, which is 256 MiB at 2**20 tokens (head dim 128, bfloat16).
+_COPIED = 2**27
 
 
 def xattention(
@@ -61,7 +67,8 @@ def xattention(
   """Lists of the key blocks that hold most of the antidiagonal mass.
 
   Args:
-    q: rotated queries; query i of row b stands at q_start[b] + i.
+    q: rotated queries; query i of row b stands at q_start[b] + i. A chunk of
+      whole blocks of a prompt gets the rows that the whole prompt would.
     k: rotated keys; with `axis`, this shard's piece of the sequence, and q and
       q_start its queries.
     q_start: position of each row's first query.
@@ -82,8 +89,9 @@ def xattention(
       live: queries travel, masses come back; the lists are the unsharded ones.
 
   Returns:
-    The lists, the captured mass and what the width cut off. Queries and keys
-    that no block divides are copied, which takes their memory again.
+    The lists, the captured mass and what the width cut off. Keys that no block
+    divides (on Hopper, no 8 blocks: its kernel reads whole tiles) are padded, a
+    copy: of more than 128 MiB, that of one kv head at a time.
 
   Raises:
     ValueError: a budget outside (0, 1] (of an array: where its values are
@@ -100,7 +108,6 @@ def xattention(
   axis = axis if shards > 1 else None
   if shards > 1 and k.shape[2] % block_k:
     raise ValueError(f'{block_k=} must divide a shard of {k.shape[2]} keys')
-  q, k = padded(q, 1, block_q), padded(k, 2, block_k)
   batch, t, heads, h = q.shape
   kv_heads, s = k.shape[1], k.shape[2]
   group = heads // kv_heads
@@ -109,7 +116,7 @@ def xattention(
       f'threshold of shape {jnp.shape(threshold)}: give one number, or one for '
       f'each of {heads} query heads'
     )
-  tb, sb = t // block_q, s // block_k * shards
+  tb, sb = -(-t // block_q), -(-s // block_k) * shards
   bound = functools.partial(
     list_width,
     n_blocks=sb,
@@ -122,56 +129,99 @@ def xattention(
   bounded = width < bound(sb, rows=1)
   scale = (h**-0.5 if scale is None else scale) * math.log2(math.e)
   per_block = block_q // stride
-  kept = _KEPT // (batch * heads * sb)
-  rows = min(_ROWS // group, kept) // shards
-  chunk = max(1, min(rows // per_block, tb))
-  cells = k.reshape(batch, kv_heads, s // stride, stride * h)
-  # Once, not for every chunk: the Hopper kernel reads whole tiles of 8 blocks.
-  cells = padded(cells, 2, 8 * block_k // stride)
   if threshold is not None:
     threshold = jnp.asarray(threshold, jnp.float32)
     if threshold.ndim:
       threshold = threshold.reshape(kv_heads, -1)
       threshold = threshold if per == 'head' else threshold.mean(1)[:, None]
       threshold = threshold[..., None, None]
+  n_cells = -(-s // block_k) * block_k // stride
+  f = stride * h
+  granule = block_k * block_scores.granule(
+    jax.ShapeDtypeStruct((batch, kv_heads, group, 1, f), q.dtype),
+    jax.ShapeDtypeStruct((batch, kv_heads, n_cells, f), k.dtype),
+    per_block=block_k // stride,
+  )
 
-  def make(first):
-    piece = lax.dynamic_slice_in_dim(q, first * block_q, chunk * block_q, 1)
-    start = q_start[:, None] + (first * per_block) * stride
-    start = start + jnp.arange(chunk * per_block) * stride  # [B R]
-    piece = _fold(piece, start, lengths, stride, kv_heads)
-    if shards > 1:
-      gather = functools.partial(lax.all_gather, axis_name=axis, tiled=True)
-      piece, start = gather(piece, axis=3), gather(start, axis=1)
-    mass = _block_mass(
-      piece,
-      cells,
-      start,
-      lengths,
-      n_cells=s // stride,
-      stride=stride,
+  def lists(row, head, n_rows, n_heads, part=1) -> Selected:
+    """Of some kv heads, from `head` on, of some rows of the batch.
+
+    A chunk's memory is `part` times as small.
+    """
+    start_at, length, cells = (
+      lax.dynamic_slice_in_dim(x, row, n_rows) for x in (q_start, lengths, k)
+    )
+    cells = lax.dynamic_slice_in_dim(cells, head, n_heads, 1)
+    # Once, not for every chunk.
+    cells = padded(cells, 2, granule).reshape(n_rows, n_heads, -1, f)
+    goal = threshold
+    if goal is not None and goal.ndim:
+      goal = lax.dynamic_slice_in_dim(goal, head, n_heads)
+    some = {0: (row, n_rows), 2: (head * group, n_heads * group)}
+    kept = _KEPT // (n_rows * n_heads * group * sb)
+    rows = min(_ROWS // group, kept) // (shards * part)
+    chunk = max(1, min(rows // per_block, tb))
+
+    def make(first):
+      piece = blocks_of(q, 1, first, chunk, block_q, some)
+      start = start_at[:, None] + (first * per_block) * stride
+      start = start + jnp.arange(chunk * per_block) * stride  # [B R]
+      piece = _fold(piece, start, length, stride, n_heads)
+      if shards > 1:
+        gather = functools.partial(lax.all_gather, axis_name=axis, tiled=True)
+        piece, start = gather(piece, axis=3), gather(start, axis=1)
+      mass = _block_mass(
+        piece,
+        cells,
+        start,
+        length,
+        n_cells=n_cells,
+        stride=stride,
+        block_q=block_q,
+        block_k=block_k,
+        scale=scale,
+        axis=axis,
+      )
+      if shards > 1:  # rows return to their queries, columns come together
+        mass = lax.all_to_all(mass, axis, 3, 4, tiled=True)
+      if per == 'group':
+        mass = jnp.mean(mass, axis=2, keepdims=True)
+      index = first + jnp.arange(chunk)
+      at = rows_at(start_at, length, index, block_q, dense_below)
+      return _pick(mass, at, goal, density, width, bounded, block_k)
+
+    return by_chunks(
+      make,
+      n_blocks=tb,
+      chunk=chunk,
+      shape=(n_rows, n_heads * group, n_heads),
+      width=width,
       block_q=block_q,
       block_k=block_k,
-      scale=scale,
-      axis=axis,
     )
-    if shards > 1:  # rows return to their queries, columns come together
-      mass = lax.all_to_all(mass, axis, 3, 4, tiled=True)
-    if per == 'group':
-      mass = jnp.mean(mass, axis=2, keepdims=True)
-    index = first + jnp.arange(chunk)
-    at = rows_at(q_start, lengths, index, block_q, dense_below)
-    return _pick(mass, at, threshold, density, width, bounded, block_k)
 
-  return by_chunks(
-    make,
-    n_blocks=tb,
-    chunk=chunk,
-    shape=(batch, heads, kv_heads),
-    width=width,
-    block_q=block_q,
-    block_k=block_k,
+  copied = k.size * k.dtype.itemsize if s % granule else 0
+  if copied <= _COPIED:
+    return lists(0, 0, batch, kv_heads)
+  found = lax.map(
+    lambda i: lists(i // kv_heads, i % kv_heads, 1, 1, 2),
+    jnp.arange(batch * kv_heads),
   )
+  return _all_heads(found, batch, heads)
+
+
+def _all_heads(found: Selected, batch: int, heads: int) -> Selected:
+  """Lists of single kv heads, in the order of rows and heads, as one."""
+  join = lambda x: x.reshape(batch, heads, *x.shape[3:])  # noqa: E731
+  none = jnp.zeros((heads,), jnp.int32)
+  blocks = dataclasses.replace(
+    found.blocks,
+    ids=join(found.blocks.ids),
+    count=join(found.blocks.count),
+    sink=none,
+    window=none,
+  )
+  return Selected(blocks, join(found.captured), join(found.cut))
 
 
 def _fold(
@@ -217,7 +267,7 @@ def _block_mass(
   last = jnp.where(n_valid > 0, last, -1)
   if axis is not None:
     last = last - lax.axis_index(axis) * n_cells
-  lse = block_lse(
+  lse = block_scores.block_lse(
     rows,
     cells,
     last,

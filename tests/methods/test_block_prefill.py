@@ -18,7 +18,11 @@ from lcx.models.presets import PRESETS
 from lcx.policy import AS_MEASURED, Policy
 
 HEADS, K, H = 4, 2, 8
-SELECTORS = {'xattention': 'xattention_16', 'spargeattn': 'sparge'}
+SELECTORS = {
+  'xattention': 'xattention_16',
+  'spargeattn': 'sparge',
+  'vertical_slash': 'vertical_slash_128_128',
+}
 
 
 def tight(name, **fields) -> BlockPrefill:
@@ -158,6 +162,60 @@ def test_lserve_reads_the_entry_of_the_heads_it_selects_for(monkeypatch):
   assert not selects(monkeypatch, dataclasses.replace(part, dense_below=200))
 
 
+@pytest.mark.parametrize(
+  ('name', 'fields', 'known'),
+  [
+    ('xattention', {'stride': 8}, 'xattention_8'),
+    ('xattention', {'per': 'group'}, ''),
+    ('vertical_slash', {'columns': 9, 'diagonals': 5}, 'vertical_slash_9_5'),
+    ('vertical_slash', {'window': 32}, ''),
+    ('spargeattn', {'similarity': -1.0}, 'sparge'),
+    ('spargeattn', {'similarity': 0.0}, ''),
+    ('spargeattn', {'similarity': 0.6}, ''),
+  ],
+)
+def test_what_was_not_measured_has_no_entry(monkeypatch, name, fields, known):
+  part = tight(name, dense_below=AS_MEASURED, **fields)
+  assert part.measured_as == known
+  for entry in (SELECTORS[name], 'xattention_8', 'vertical_slash_9_5'):
+    monkeypatch.setattr(policy, 'load', lambda x=entry: measured(x, 129))
+    assert selects(monkeypatch, part) == (entry != known)
+
+
+@pytest.mark.parametrize(
+  ('name', 'fields', 'message'),
+  [
+    (name, fields, message)
+    for name in ('xattention', 'spargeattn')
+    for fields, message in (
+      ({'threshold': 0.0}, r'threshold=0.0 must lie in \(0, 1\]'),
+      ({'threshold': 1.5}, r'threshold=1.5 must lie in \(0, 1\]'),
+      ({'threshold': None, 'density': 2}, r'density=2 must lie in \(0, 1\]'),
+      ({'density': 0.5}, 'give one of threshold and density, not both'),
+      ({'threshold': None}, 'not neither'),
+    )
+  ]
+  + [
+    (name, {'width': 0}, r'prefill.width=0 must be at least 3: a row always')
+    for name in SELECTORS
+  ]
+  + [
+    ('xattention', {'stride': 3}, 'prefill.stride=3 must divide 128'),
+    ('xattention', {'stride': 0}, 'prefill.stride=0 must divide 128'),
+    ('xattention', {'per': 'x'}, "prefill.per='x' must be 'head' or 'group'"),
+    ('spargeattn', {'similarity': 1.5}, 'prefill.similarity=1.5 must lie'),
+    ('vertical_slash', {'columns': 0}, 'prefill.columns=0 must be at least 1'),
+    ('vertical_slash', {'diagonals': 0}, 'prefill.diagonals=0 must be'),
+    ('vertical_slash', {'window': 0}, 'prefill.window=0 must be at least 1'),
+  ],
+)
+def test_a_budget_that_cannot_be_is_refused(name, fields, message):
+  part = methods.get_method(name).prefill
+  with pytest.raises(ValueError, match=message) as error:
+    dataclasses.replace(part, **fields).check(None, 1000)
+  assert '\n' not in str(error.value)
+
+
 def test_bad_numbers_are_refused():
   with pytest.raises(ValueError, match=r'dense_below=-2 must be at least -1'):
     tight('xattention', dense_below=-2).check(None, 1000)
@@ -176,7 +234,7 @@ def test_bad_numbers_are_refused():
   [('xattention', 40)]
   + [
     pytest.param(name, tail, marks=pytest.mark.long)
-    for name in (*SELECTORS, 'vertical_slash')
+    for name in SELECTORS
     for tail in (1, 40, 700)
     if (name, tail) != ('xattention', 40)
   ],

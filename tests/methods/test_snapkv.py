@@ -3,12 +3,16 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from lcx import methods, policy
+from lcx import methods, policy, sharding
+from lcx.cache import CONFIGS, CacheShape
 from lcx.engine import Engine
-from lcx.methods.base import Prompt
+from lcx.methods import snapkv
+from lcx.methods.base import Context, Prompt
 from lcx.models import transformer
 from lcx.models.presets import preset
 
@@ -42,6 +46,18 @@ def test_a_short_cache_is_read_whole(monkeypatch):
   seen = {n: float(np.sum(sums['keys'])) for n, (_, _, sums) in made.items()}
   assert seen[0] < 0.5 * seen[CAPACITY]
 
+  monkeypatch.setattr(policy, 'load', lambda: measured(CAPACITY + 1))
+  # Another window: programs of the one above must not be found again.
+  decode = dataclasses.replace(tight, window=7, crossover=-1)
+  numbers = {name: getattr(decode, name) for name in snapkv.MEASURED}
+  monkeypatch.setattr(snapkv, 'MEASURED', numbers)
+  np.testing.assert_array_equal(
+    answers(dataclasses.replace(method, decode=decode))[1], scores
+  )
+
+
+def measured(crossover):
+  """A policy that knows one crossover, on this device."""
   entry = policy.Entry(
     op='layer',
     method='snapkv',
@@ -50,15 +66,85 @@ def test_a_short_cache_is_read_whole(monkeypatch):
     kv_heads=CONFIG.n_kv_heads,
     head_dim=CONFIG.head_dim,
     bits=32,
-    crossover=CAPACITY + 1,
-    evidence=((CAPACITY, 0.5, ''), (CAPACITY + 1, 1.5, '')),
+    crossover=crossover,
+    evidence=((crossover - 1, 0.5, ''), (crossover, 1.5, '')),
   )
-  monkeypatch.setattr(policy, 'load', lambda: policy.Policy((entry,)))
-  # Another window: programs of the one above must not be found again.
-  decode = dataclasses.replace(tight, window=7, crossover=-1)
-  np.testing.assert_array_equal(
-    answers(dataclasses.replace(method, decode=decode))[1], scores
-  )
+  return policy.Policy((entry,))
+
+
+def reads_whole(monkeypatch, decode) -> bool:
+  """Whether a cache with room for CAPACITY tokens is read densely."""
+  heads = (CONFIG.n_heads, CONFIG.n_kv_heads, CONFIG.n_kv_heads)
+  shape = CacheShape(1, CONFIG.n_kv_heads, CONFIG.head_dim, CAPACITY, 'float32')
+  read = []
+
+  def run(q, k, v):
+    cache = CONFIGS['dense'].init(shape)
+    window = snapkv.Window(
+      jnp.zeros((1, CONFIG.n_heads, decode.window, CONFIG.head_dim)),
+      jnp.zeros((1, CONFIG.n_kv_heads, decode.window), jnp.int32),
+    )
+    at = jnp.zeros((1, 1), jnp.int32)
+    ctx = Context(
+      positions=at,
+      valid=at >= 0,
+      source=at,
+      lengths=at[0] + 1,
+      layer=jnp.int32(0),
+      key=jax.random.key(0),
+    )
+    state = decode.start(cache, window)
+    out, *_ = decode.attend(q, k, v, lambda x, _: x, cache, state, ctx)
+    return out
+
+  def dense(self, q, *_):
+    read.append(self)
+    return q, None, None, None
+
+  with monkeypatch.context() as patch:
+    patch.setattr(snapkv.DenseDecode, 'attend', dense)
+    jax.eval_shape(
+      jax.shard_map(
+        run,
+        mesh=sharding.make_mesh(),
+        in_specs=P(),
+        out_specs=P(),
+        check_vma=False,
+      ),
+      *(
+        jax.ShapeDtypeStruct((1, 1, n, CONFIG.head_dim), 'float32')
+        for n in heads
+      ),
+    )
+  return bool(read)
+
+
+def test_an_entry_is_read_for_the_numbers_it_has(monkeypatch):
+  decode = methods.get_method('snapkv').decode
+  assert decode.crossover == policy.AS_MEASURED
+  for crossover, want in ((CAPACITY + 1, True), (CAPACITY, False)):
+    monkeypatch.setattr(policy, 'load', lambda n=crossover: measured(n))
+    assert reads_whole(monkeypatch, decode) == want
+    other = dataclasses.replace(decode, budget=1024)
+    assert not reads_whole(monkeypatch, other)
+
+
+def test_the_measured_numbers_are_those_of_the_policys_rows():
+  decode = methods.get_method('snapkv').decode
+  assert decode.measured_as == 'snapkv'
+  for name, number in (
+    ('budget', 1024),
+    ('window', 16),
+    ('kernel', 7),
+    ('pool', 'max'),
+    ('room', 4096),
+  ):
+    assert dataclasses.replace(decode, **{name: number}).measured_as == ''
+  said = ', '.join(f'{name}={x!r}' for name, x in snapkv.MEASURED.items())
+  found = [e for e in policy.load().entries if e.method == 'snapkv']
+  assert found
+  for entry in found:
+    assert all(said in setting for *_, setting in entry.evidence)
 
 
 @pytest.mark.parametrize(

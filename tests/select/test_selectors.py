@@ -34,7 +34,9 @@ def draw(seed: int = 0, length: int = LENGTH):
   return jnp.asarray(q, jnp.float32), jnp.asarray(k, jnp.float32)
 
 
-def slashes(q, k, *, q_start, lengths, columns, diagonals=5, **kwargs):
+def slashes(
+  q, k, *, q_start, lengths, columns, diagonals=5, n_queries=None, **kwargs
+):
   """vertical_slash from the whole prompt's queries."""
   at = q_start[:, None] + jnp.arange(q.shape[1])
   last, last_at = window.last_queries(q, at, at < lengths[:, None], 8)
@@ -42,7 +44,7 @@ def slashes(q, k, *, q_start, lengths, columns, diagonals=5, **kwargs):
     last,
     last_at,
     k,
-    n_queries=q.shape[1],
+    n_queries=n_queries or q.shape[1],
     q_start=q_start,
     lengths=lengths,
     columns=columns,
@@ -207,6 +209,32 @@ def test_chunked_prefill_equals_the_whole(name):
 
 
 @EVERY
+def test_an_early_chunk_needs_no_later_key(name):
+  """But for vertical_slash, which the prompt's last queries decide."""
+  q, k = draw(15)
+  whole = sets(select(name, q, k).blocks)
+  if name == 'vertical_slash':
+    lengths = jnp.asarray(LENGTHS, jnp.int32)
+    start = jnp.zeros(BATCH, jnp.int32)
+    early = jax.jit(
+      functools.partial(
+        slashes,
+        n_queries=96,
+        columns=16,
+        block_q=BLOCK,
+        block_k=BLOCK,
+      )
+    )(q, k, q_start=start, lengths=lengths)
+    # Its own last queries, as if the prompt ended with it, say another thing.
+    alone = sets(select(name, q, k, lengths=(96, 96)).blocks)
+    assert any(row != alone[at] for at, row in sets(early.blocks).items())
+  else:
+    early = select(name, q[:, :96], k[:, :, :96], lengths=(96, 96))
+  for at, row in sets(early.blocks).items():
+    assert row == whole[at]
+
+
+@EVERY
 def test_small_pieces_give_the_same_lists(name, monkeypatch):
   """Chunks, tiles and key ranges as at 1M tokens, moved back at the end."""
   q, k = draw(13)
@@ -275,12 +303,25 @@ def test_short_rows_list_everything(name):
 
 
 @pytest.mark.xdist_group('mesh')
-@pytest.mark.parametrize('name', ['xattention', 'grouped', 'sparge'])
-def test_sharded_keys_give_the_unsharded_lists(name):
+@pytest.mark.parametrize(
+  ('name', 'padded'),
+  [
+    ('xattention', False),
+    ('grouped', False),
+    ('fixed', False),
+    ('sparge', False),
+    # A head at a time, as where 3 blocks are wanted of a shard that has 2.
+    pytest.param('fixed', True, marks=pytest.mark.long),
+  ],
+)
+def test_sharded_keys_give_the_unsharded_lists(name, padded, monkeypatch):
   q, k = draw(8)
   whole = select(name, q, k)
+  if padded:
+    monkeypatch.setattr('lcx.select.xattention._COPIED', 0)
+    monkeypatch.setattr('kernels_pallas.block_scores.xla.granule', lambda: 3)
   mesh = jax.make_mesh((8,), ('seq',), axis_types=(jax.sharding.AxisType.Auto,))
-  run = SELECTORS[name][0]
+  run, budget, _ = SELECTORS[name]
 
   def piece(q, k, lengths):
     first = jax.lax.axis_index('seq') * q.shape[1]
@@ -289,10 +330,10 @@ def test_sharded_keys_give_the_unsharded_lists(name):
       k,
       q_start=jnp.full(lengths.shape, first, jnp.int32),
       lengths=lengths,
-      threshold=0.5,
       block_q=BLOCK,
       block_k=BLOCK,
       axis='seq',
+      **{budget: 0.5},
     )
     return found.blocks.ids, found.blocks.count, found.captured
 

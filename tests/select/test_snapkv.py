@@ -28,8 +28,8 @@ def draw(seed=0):
   return last, last_at, jnp.asarray(k, jnp.float32)
 
 
-def expected(q, k, since, length, keep, kernel, pool):
-  """Kept positions of one kv head: q [G w H], k [S H]."""
+def votes_of(q, k, length):
+  """What the window of one kv head looks at: q [G w H], k [S H], to [S]."""
   votes = np.zeros(LENGTH)
   for head in q:
     for i, one in enumerate(head):
@@ -37,6 +37,12 @@ def expected(q, k, since, length, keep, kernel, pool):
       score = k[: p + 1] @ one / np.sqrt(DIM)
       weight = np.exp(score - score.max())
       votes[: p + 1] += weight / weight.sum()
+  return votes
+
+
+def expected(q, k, since, length, keep, kernel, pool):
+  """Kept positions of one kv head: q [G w H], k [S H]."""
+  votes = votes_of(q, k, length)
   end = since // PAGE * PAGE
   votes[end:] = 0
   half = kernel // 2
