@@ -67,7 +67,15 @@ def test_one_launch_appends_like_array_operations(name, interpreted):
   check(name)
 
 
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize(
+  'name',
+  [
+    name
+    if name in ('dense', 'moments', 'mixed-int8')
+    else pytest.param(name, marks=pytest.mark.long)
+    for name in CONFIGS
+  ],
+)
 def test_it_appends_beside_queries(name, interpreted):
   check_beside(name)
 

@@ -30,7 +30,8 @@ def essence(answers):
 
 
 @pytest.mark.parametrize(
-  'protocol', ['context_first', pytest.param('whole', marks=pytest.mark.long)]
+  'protocol',
+  [pytest.param(x, marks=pytest.mark.long) for x in ('context_first', 'whole')],
 )
 def test_a_shared_prefill_gives_the_same_answers(protocol):
   readings = Readings(1e9)

@@ -28,13 +28,17 @@ LIMIT = 240
 REPEATED = frozenset(
   {
     'apb_quality',
+    'lserve_2x2',
     'lserve_budget',
     'lserve_speed',
     'needle',
+    'quickstart',
+    'retrieval_quality',
     'ruler_real',
     'tokenselect_extrapolation',
     'tokenselect_quality',
     'tokenselect_speed',
+    'train_needle',
   }
 )
 

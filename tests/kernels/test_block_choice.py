@@ -61,7 +61,11 @@ def judge(run, seed, shape, width, bounded):
 
 @pytest.mark.parametrize(
   ('shape', 'width', 'bounded'),
-  [((7, 24), 24, False), ((2, 3, 70), 9, True), ((3, 129), 40, True)],
+  [
+    ((7, 24), 24, False),
+    pytest.param((2, 3, 70), 9, True, marks=pytest.mark.long),
+    ((3, 129), 40, True),
+  ],
 )
 def test_interpreted(shape, width, bounded):
   run = functools.partial(gpu.choose_blocks, interpret=True)

@@ -143,7 +143,12 @@ def test_what_is_not_served(monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ('bias', 'wide'), [(False, False), (True, False), (True, True)]
+  ('bias', 'wide'),
+  [
+    (True, True),
+    pytest.param(True, False, marks=pytest.mark.long),
+    pytest.param(False, False, marks=pytest.mark.long),
+  ],
 )
 def test_a_decode_step_takes_them(bias, wide, monkeypatch):
   # No other test's configuration: its programs must not be found again.

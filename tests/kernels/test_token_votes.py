@@ -56,7 +56,7 @@ def shrunk():
 @pytest.mark.parametrize(
   'rows, heads, length, kind, weighted',
   (
-    (1, 6, 600, 'soft', False),
+    pytest.param(1, 6, 600, 'soft', False, marks=pytest.mark.long),
     (3, 6, 333, 'soft', True),  # no whole number of tiles
     (5, 4, 256, 'top_k', True),
     (25, 6, 130, 'soft', False),  # more than a program holds

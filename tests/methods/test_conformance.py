@@ -18,8 +18,9 @@ from lcx.methods.compose import legal
 from lcx.models import transformer
 from lcx.models.presets import PRESETS
 
-# They differ from `ring` in their layout, which test_distributed compares.
-LAYOUTS = ('ring_contiguous', 'ring_striped')
+# They differ from `ring` in their layout, which test_distributed compares;
+# a_shape is a prefill of streaming's and dense's decode.
+ALIKE = ('ring_contiguous', 'ring_striped', 'a_shape')
 
 
 def each(part='', elsewhere=()):
@@ -34,7 +35,7 @@ def each(part='', elsewhere=()):
   for name in methods.names():
     method, marks = methods.get_method(name), [pytest.mark.xdist_group('mesh')]
     again = part and getattr(method, part) == getattr(dense, part)
-    if name in (*LAYOUTS, *elsewhere) or (again and name != 'dense'):
+    if name in (*ALIKE, *elsewhere) or (again and name != 'dense'):
       marks.append(pytest.mark.long)
     params.append(pytest.param(name, marks=marks))
   return pytest.mark.parametrize('name', params, scope='module')

@@ -365,6 +365,7 @@ def test_prefill_mixes_both_kinds_of_heads(dynamic):
   assert float(trace.mass[0]) < 300 * HEADS
 
 
+@pytest.mark.long
 def test_prefill_with_a_budget_leaves_streaming_heads_alone():
   whole = prefill(LServePrefill(sink=5, local=37))[1]
   part = LServePrefill(sink=5, local=37, dynamic='xattention', density=0.34)

@@ -104,10 +104,8 @@ CASES = [(n, s, t) for n in METHODS for s in (4, 8) for t in (16, 1)]
 
 @pytest.mark.parametrize(
   ('name', 'shards', 'piece'),
-  [
-    pytest.param(*c, marks=() if c == ('lserve', 4, 16) else pytest.mark.long)
-    for c in CASES
-  ],
+  # test_after_apb_and_rewound says it of quest in the default run.
+  [pytest.param(*c, marks=pytest.mark.long) for c in CASES],
 )
 def test_keys_by_turns_answer_as_one_device(name, shards, piece):
   """A question in pieces of 16 tokens, and one by one as in decode."""

@@ -9,7 +9,11 @@ from tests.methods.test_lserve import answer
 
 @pytest.mark.mesh
 @pytest.mark.parametrize(
-  'name', ['xattention', pytest.param('tokenselect', marks=pytest.mark.long)]
+  'name',
+  [
+    pytest.param(x, marks=pytest.mark.long)
+    for x in ('xattention', 'tokenselect')
+  ],
 )
 def test_sharded_equals_unsharded(name):
   # Its rows lie on two shards of four in one prompt, on one in the other.

@@ -298,7 +298,9 @@ class Run:
       marks=pytest.mark.long,
     ),
     {'scoring': 'pruned', 'scored': 64},
-    {'scoring': 'budget', 'scored': LENGTH},
+    pytest.param(
+      {'scoring': 'budget', 'scored': LENGTH}, marks=pytest.mark.long
+    ),
   ],
   ids=str,
 )

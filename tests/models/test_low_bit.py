@@ -73,7 +73,7 @@ def test_a_model_answers_nearly_alike(kind):
   ('kind', 'model'),
   [
     ('w4a16', 2),
-    ('w8a8', 1),
+    pytest.param('w8a8', 1, marks=pytest.mark.long),
     pytest.param('w8a8', 2, marks=pytest.mark.long),
     pytest.param('fp8', 2, marks=pytest.mark.long),
   ],

@@ -79,7 +79,10 @@ SELECTORS = {
 
 @pytest.mark.parametrize(
   ('name', 'length'),
-  [(name, LENGTH) for name in SELECTORS]
+  [
+    pytest.param(name, LENGTH, marks=[LONG] * (name in ('stride 8', 'fixed')))
+    for name in SELECTORS
+  ]
   # A number of blocks that 8 does not divide; then a length of no whole one.
   + [('stride 16', LENGTH + 128)]
   + [
