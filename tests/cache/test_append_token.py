@@ -62,7 +62,15 @@ def appended(cache, k, v, positions, count):
   return cache.append(k, v, positions, count)
 
 
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=pytest.mark.long)
+    if name in ('dense-bounds', 'rings-int4')
+    else name
+    for name in CONFIGS
+  ],
+)
 def test_one_launch_appends_like_array_operations(name, interpreted):
   check(name)
 

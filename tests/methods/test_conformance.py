@@ -67,7 +67,13 @@ def is_again(decode):
 
 CROSSED = [
   pytest.param(
-    parts, marks=[pytest.mark.long] * (is_again(parts[2]) and parts[0] != 'apb')
+    parts,
+    marks=[pytest.mark.long]
+    * (
+      # Their caches and lists are the others': pages of int8, tokens of a row.
+      parts[2] in ('snapkv', 'retrieval_cluster')
+      or (is_again(parts[2]) and parts[0] != 'apb')
+    ),
   )
   for parts in crossed()
 ]
@@ -180,7 +186,8 @@ def test_a_longer_neighbour_does_not_matter(name):
 
 
 # test_retrieval rewinds where the index is used.
-@each('decode', elsewhere=('retrieval_cluster',))
+# quest reads lserve's pages, snapkv tokens of dense's cache.
+@each('decode', elsewhere=('retrieval_cluster', 'quest', 'snapkv'))
 def test_what_was_rewound_leaves_no_trace(name):
   """Tokens after a mark, and their answers, are as if they had never been."""
   engine = tight(name)

@@ -308,6 +308,7 @@ def test_a_score_is_above_every_key_of_its_page(seed, bits):
     assert found[0, page] >= best - 1e-4
 
 
+@pytest.mark.long
 def test_other_scorers_and_caches_choose_too():
   for cache, decode in (
     ({'stats': 'moments'}, {'scorer': 'moments'}),

@@ -16,7 +16,7 @@ from lcx.methods.base import Context, Prompt
 from lcx.models import transformer
 from lcx.models.presets import preset
 
-CONFIG = preset('tiny')
+CONFIG = preset('tiny', n_layers=1)
 CAPACITY = 256
 
 
