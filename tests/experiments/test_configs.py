@@ -24,8 +24,9 @@ LIMIT = 240
 
 # Their smokes run code that other smokes run (of their kind; needle's also in
 # `make demo`) or that tests of their kind run (test_long_output,
-# test_measure_prefill, test_train), with other numbers, of which test_config_resolves and
-# test_methods_of_a_config_compose say whether they fit.
+# test_measure_prefill, test_train), with other numbers, of which
+# test_config_resolves and test_methods_of_a_config_compose say whether they
+# fit.
 REPEATED = frozenset(
   {
     'apb_quality',
