@@ -95,7 +95,7 @@ def clusters():
 
 @pytest.mark.parametrize(
   'small',
-  # test_sharded_full_budget_is_dense says it of clusters on 8 devices.
+  # test_conformance says it of clusters, on one device and on 8.
   ['retrieval', pytest.param('retrieval_cluster', marks=pytest.mark.long)],
   indirect=True,
 )
@@ -164,6 +164,7 @@ def test_rewound_tokens_leave_no_trace(clusters):
 
 
 @pytest.mark.mesh
+@pytest.mark.long
 def test_sharded_full_budget_is_dense(clusters):
   method = clusters.at_full_budget(CAPACITY)
   prompts = [prompt(8, context=240), prompt(9, context=211)]

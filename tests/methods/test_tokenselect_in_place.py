@@ -125,7 +125,7 @@ def check(part, config):
   'name',
   [
     name
-    if name in ('full', 'budget of copies')
+    if name == 'budget of copies'
     else pytest.param(name, marks=pytest.mark.long)
     for name in WAYS
   ],
