@@ -57,7 +57,6 @@ _SPEED = re.compile(r'(\w+) (1/\d+) of (\d+)K, density [\d.]+')
 _CROSSED = re.compile(r'(vertical_slash)_128_256( )of (\d+)K, .*, keys of \S+')
 _SHARES = ('1/8', '1/16')
 _OWN = 'own'  # what its numbers list, or keep for decode
-_SETTINGS = (*_SHARES, _OWN)
 _SELECTORS = {
   'XAttentionPrefill': 'xattention',
   'SpargePrefill': 'sparge',
@@ -347,11 +346,8 @@ def _faster(name: str, length: int, times: Speeds) -> str:
 
 
 def _both(name: str, length: int, times: Speeds) -> str:
-  found = [times.get((name, length, setting)) for setting in _SETTINGS]
-  if (name, length, _OWN) in times:
-    found = found[-1:]  # it has no other
-  else:
-    found = found[:-1]
+  settings = (_OWN,) if (name, length, _OWN) in times else _SHARES
+  found = (times.get((name, length, setting)) for setting in settings)
   return ', '.join(number(ratio, 2) for ratio in found)
 
 

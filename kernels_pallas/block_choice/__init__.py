@@ -47,8 +47,13 @@ def choose_blocks(
     bounded: whether the width may be below a budget; if not, `cut` is 0.
     implementation: 'xla', 'gpu', or None.
   """
-  full = lambda x: None if x is None else jnp.broadcast_to(x, score.shape)  # noqa: E731
-  one = lambda x: jnp.broadcast_to(x, (*score.shape[:-1], 1))  # noqa: E731
+
+  def full(x):
+    return None if x is None else jnp.broadcast_to(x, score.shape)
+
+  def one(x):
+    return jnp.broadcast_to(x, (*score.shape[:-1], 1))
+
   given = {
     'reachable': full(reachable),
     'forced': full(forced),

@@ -94,8 +94,9 @@ class Step:
     begin = time.perf_counter()
     found = vi.together(asked, k, effort, jobs)
     if found is not None:
-      self.native_s += time.perf_counter() - begin
-      self.search_s += time.perf_counter() - begin
+      seconds = time.perf_counter() - begin
+      self.native_s += seconds
+      self.search_s += seconds
       return found
     size = max(1, sum(len(q) for _, _, q in asked) // jobs)
     parts = [

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int32
 from kernels_pallas import add_norm, decode_matmul
 from kernels_pallas.append_token import Joint
 from lcx.models.config import ModelConfig
-from lcx.models.transformer import make_rope, rms_norm, split_qkv
+from lcx.models.transformer import make_rope, normed_qkv
 
 _MATRICES = ('qkv', 'o', 'gate_up', 'down')
 # From so many inputs on, a norm that each program of a product makes anew costs
@@ -42,11 +42,7 @@ def attention_inputs(
       add=bias,
     )
     qkv = qkv.reshape(1, 1, -1, config.group + 2, config.head_dim)
-    q, k, v = split_qkv(qkv)
-    if config.qk_norm:
-      q = rms_norm(q, layer['q_norm'], config.norm_eps)
-      k = rms_norm(k, layer['k_norm'], config.norm_eps)
-    return q, k, v
+    return normed_qkv(layer, qkv, config)
 
 
 def rotated_inputs(

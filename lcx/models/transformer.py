@@ -47,6 +47,7 @@ __all__ = [
   'logits',
   'make_rope',
   'merge_qkv',
+  'normed_qkv',
   'projections',
   'rms_norm',
   'split_qkv',
@@ -296,11 +297,20 @@ def projections(
     qkv = qkv.reshape(*x.shape[:2], -1, config.group + 2, config.head_dim)
     if config.qkv_bias:
       qkv = qkv + layer['qkv_bias']
-    q, k, v = split_qkv(qkv)
-    if config.qk_norm:
-      q = rms_norm(q, layer['q_norm'], config.norm_eps)
-      k = rms_norm(k, layer['k_norm'], config.norm_eps)
-    return q, k, v
+    return normed_qkv(layer, qkv, config)
+
+
+def normed_qkv(
+  layer: dict[str, jax.Array],
+  qkv: Float[Array, 'B T K C H'],
+  config: ModelConfig,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """`split_qkv`, and QK norm where the model has it."""
+  q, k, v = split_qkv(qkv)
+  if config.qk_norm:
+    q = rms_norm(q, layer['q_norm'], config.norm_eps)
+    k = rms_norm(k, layer['k_norm'], config.norm_eps)
+  return q, k, v
 
 
 def layer_output(

@@ -153,11 +153,10 @@ def sparge(
     score = jnp.where(reachable & trusted, score * scale, -jnp.inf)
     top = jnp.max(score, axis=-1, keepdims=True)
     score = jnp.exp(score - jnp.where(top > -jnp.inf, top, 0.0))
-    full = lambda x: jnp.broadcast_to(x, score.shape)  # noqa: E731
     rule = {
-      'reachable': full(reachable),
-      'forced': full(at.forced(sb, block_k)[:, None, None]),
-      'always': full(~trusted),
+      'reachable': reachable,
+      'forced': at.forced(sb, block_k)[:, None, None],
+      'always': ~trusted,
     }
     budget = sb
     if density is not None:

@@ -212,7 +212,10 @@ def xattention(
 
 def _all_heads(found: Selected, batch: int, heads: int) -> Selected:
   """Lists of single kv heads, in the order of rows and heads, as one."""
-  join = lambda x: x.reshape(batch, heads, *x.shape[3:])  # noqa: E731
+
+  def join(x):
+    return x.reshape(batch, heads, *x.shape[3:])
+
   none = jnp.zeros((heads,), jnp.int32)
   blocks = dataclasses.replace(
     found.blocks,
