@@ -27,10 +27,10 @@ def get_config(arg=''):
     {
       'lengths': (arg.length,) if arg.length else lengths,
       'shares': (8, 16),
-      # On random keys vertical_slash's columns fall anywhere: it would list
-      # everything.
+      # On random keys no block's mean is like its keys and vertical_slash's
+      # columns fall anywhere: they would list everything.
       'selectors': ('xattention_16', 'xattention_8', 'sparge')
-      + (('vertical_slash_128_256',) if arg.real else FIXED),
+      + (('sparge_20', 'vertical_slash_128_256') if arg.real else FIXED),
       'peers': True,
       'model': MODEL if arg.real else '',
       'thresholds': (0.9, 0.95) if arg.real else (),

@@ -41,12 +41,14 @@ from lcx.select.sparge import sparge
 from lcx.select.vertical_slash import vertical_slash
 from lcx.select.xattention import xattention
 
-# XAttention by its stride, vertical_slash by its columns and diagonals, a_shape
-# by its first and last tokens, snapkv by the tokens that it keeps.
+# XAttention by its stride, sparge by its least similarity in percent (none: all
+# means are trusted), vertical_slash by its columns and diagonals, a_shape by its
+# first and last tokens, snapkv by the tokens that it keeps.
 SELECTORS = (
   'xattention_16',
   'xattention_8',
   'sparge',
+  'sparge_20',
   'vertical_slash_128_256',
   'a_shape_1024_4096',
   'snapkv_2048',
@@ -104,8 +106,9 @@ def selector(name: str, density: float | None, threshold: float | None = None):
         **where,
       )
     where |= {'density': density, 'threshold': threshold}
-    if name == 'sparge':
-      return sparge(q, k, similarity=ALL_TRUSTED, **where)
+    if name.startswith('sparge'):
+      least = numbers[0] / 100 if numbers else ALL_TRUSTED
+      return sparge(q, k, similarity=least, **where)
     return xattention(q, k, stride=numbers[0], **where)
 
   return select

@@ -133,9 +133,10 @@ class Engine:
 
   def _call(self, name: str, function, *args, donate=(), **static):
     """Calls a program, compiled ahead so that its time is known apart."""
-    shapes = jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), args)
-    leaves, tree = jax.tree.flatten(shapes)
-    key = (name, tuple(leaves), tree, tuple(sorted(static.items())))
+    # Of every array in every call: the device waits meanwhile.
+    leaves, tree = jax.tree.flatten(args)
+    shapes = tuple((x.shape, x.dtype) for x in leaves)
+    key = (name, shapes, tree, tuple(sorted(static.items())))
     if key not in self._programs:
       start = time.perf_counter()
       jitted = jax.jit(

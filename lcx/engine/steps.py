@@ -29,6 +29,10 @@ from lcx.models.transformer import (
 )
 
 _PROMPT = P(AXES.data, AXES.seq)
+# Between two steps that a GPU's host decides on, it waits for the device; of
+# steps whose number is known it launches the next ones ahead. So rows that have
+# ended cost up to 3 idle steps.
+_STEPS_A_CHECK = 4
 
 
 def _sums(trace: Trace | None) -> dict[str, Float[Array, 'B']]:
@@ -414,7 +418,8 @@ def decode_loop(
 
   Each step samples from `scores` and feeds the choice, so that the cache holds
   every token but those after a stop. A row is done at its stop token, or when
-  its caches take no more; the program ends when all are.
+  its caches take no more; the program ends when all are. Every few steps, that
+  is: a step of a row that is done, or beyond the n-th, changes nothing.
 
   Returns:
     (tokens int32 [B room], -1 where none, scores, caches, states, lengths,
@@ -424,12 +429,14 @@ def decode_loop(
 
   def step(carry):
     i, tokens, scores, caches, states, lengths, done, finite, sums = carry
-    finite &= done | jnp.all(jnp.isfinite(scores), axis=1)
+    idle = done | (i >= n)
+    finite &= idle | jnp.all(jnp.isfinite(scores), axis=1)
     done |= ~finite
+    idle |= done
     chosen = sample(scores, lengths, sampling)
-    tokens = tokens.at[:, i].set(jnp.where(done, -1, chosen))
-    done |= stops(chosen, sampling)
-    count = jnp.where(done, 0, 1)
+    tokens = tokens.at[:, i].set(jnp.where(idle, -1, chosen), mode='drop')
+    done |= ~idle & stops(chosen, sampling)
+    count = jnp.where(idle | done, 0, 1)
     fresh, caches, states, more = few_tokens(
       weights,
       caches,
@@ -441,7 +448,7 @@ def decode_loop(
       i,
       plan=plan,
     )
-    scores = jnp.where(done[:, None], scores, fresh)
+    scores = jnp.where(count[:, None] > 0, fresh, scores)
     lost = _ended(caches, batch)
     count, done = jnp.where(lost, 0, count), done | lost
     sums = jax.tree.map(jnp.add, sums, more)
@@ -456,6 +463,9 @@ def decode_loop(
       finite,
       sums,
     )
+
+  def few_steps(carry):
+    return jax.lax.fori_loop(0, _STEPS_A_CHECK, lambda _, c: step(c), carry)
 
   def going(carry):
     return (carry[0] < n) & ~jnp.all(carry[6])
@@ -485,4 +495,4 @@ def decode_loop(
     jnp.ones((batch,), bool),
     sums,
   )
-  return jax.lax.while_loop(going, step, carry)[1:]
+  return jax.lax.while_loop(going, few_steps, carry)[1:]
