@@ -42,8 +42,8 @@ from lcx.select.vertical_slash import vertical_slash
 from lcx.select.xattention import xattention
 
 # XAttention by its stride, sparge by its least similarity in percent (none: all
-# means are trusted), vertical_slash by its columns and diagonals, a_shape by its
-# first and last tokens, snapkv by the tokens that it keeps.
+# means are trusted), vertical_slash by its columns and diagonals, a_shape by
+# its first and last tokens, snapkv by the tokens that it keeps.
 SELECTORS = (
   'xattention_16',
   'xattention_8',
