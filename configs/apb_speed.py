@@ -5,8 +5,9 @@ python -m experiments.run --config=configs/apb_speed.py
 Llama 3 8B's shape, random weights. Arguments: `devices=4` (GPUs of this
 machine; 2 and 8 work, too), `length=N` (one length), `method=NAME` (one row),
 `exchange` (only the rows that compare the two exchanges of passing blocks),
-`smoke`. 128K, 256K and 512K tokens; anchor a quarter of a block, passing an
-eighth (at 512K 8K each).
+`few` (without what compares exchanges, compressors and layers), `smoke`. 128K,
+256K and 512K tokens; anchor a quarter of a block, passing an eighth (at 512K 8K
+each).
 """
 
 from configs import common
@@ -15,7 +16,9 @@ KIB = 1024
 
 
 def get_config(arg=''):
-  arg = common.parse_arg(arg, devices=0, length=0, method='', exchange=False)
+  arg = common.parse_arg(
+    arg, devices=0, length=0, method='', exchange=False, few=False
+  )
   config = common.base('measure_prefill', "APB's prefill by part")
   config.preset = 'llama3_8b'
   config.devices = arg.devices or (1 if arg.smoke else 4)
@@ -42,11 +45,16 @@ def get_config(arg=''):
     'apb balanced': balanced,
     'apb balanced overlap': balanced | {'overlap': True},
     'apb balanced local 1to8': balanced | {'density': 0.125},
+  }
+  more = {
     'apb every 2nd layer': once | {'every': 2},
     'apb snapkv': plain | {'compressor': 'snapkv'},
     'apb random': plain | {'compressor': 'random'},
   }
-  rows = exchanges if arg.exchange else rows | exchanges
+  if arg.exchange:
+    rows = exchanges
+  elif not arg.few:
+    rows |= more | exchanges
   if arg.method:
     rows = {arg.method: rows[arg.method]}
   config.methods = common.table(rows)

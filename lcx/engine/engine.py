@@ -402,6 +402,7 @@ class Engine:
     done = self._rows(np.zeros(self.batch, bool))
     tokens: list[list[int]] = [[] for _ in range(self.batch)]
     finite = np.ones(self.batch, bool)
+    ended = np.zeros(self.batch, np.int32)
     for first in range(0, n, DECODE_ROOM):
       out = self._call(
         'decode',
@@ -418,17 +419,20 @@ class Engine:
         donate=(1, 2, 3, 4),
       )
       chosen, session.scores, session.caches, session.states = out[:4]
-      session.lengths, done, ok, sums = out[4:]
+      session.lengths, done, ok, sums, status = out[4:]
       session.lengths, done = self._rows(session.lengths), self._rows(done)
       session.scores = self._rows(session.scores)
       _add(session, sums)
       finite &= to_host(ok)
+      ended = to_host(status)
       for row, line in zip(tokens, to_host(chosen), strict=True):
         row.extend(int(t) for t in line if t >= 0)
       if np.all(to_host(done)):
         break
-    ended = self._ended(session)
-    return tokens, [ended[b] if finite[b] else 'nan' for b in range(self.batch)]
+    return tokens, [
+      (host_fault(w) or Status(w).name.lower()) if finite[b] else 'nan'
+      for b, w in enumerate(ended.tolist())
+    ]
 
   def mark(self, session: Session) -> Session:
     """A copy of all but the caches, to which `rewind` returns."""
@@ -575,15 +579,6 @@ class Engine:
       counters=counters(spent, row),
       masses=prefill_masses(read, row, each * prompt),
     )
-
-  def _ended(self, session: Session) -> list[str]:
-    """'ok', or what a row's caches say."""
-    worst = np.zeros(self.batch, np.int32)
-    for cache in session.caches:
-      if hasattr(cache, 'status'):
-        status = to_host(cache.status).reshape(self.batch, -1).max(axis=1)
-        worst = np.maximum(worst, status)
-    return [host_fault(w) or Status(w).name.lower() for w in worst.tolist()]
 
 
 def _add(session: Session, sums: dict[str, Any]) -> None:

@@ -392,12 +392,12 @@ def every_logits(
   return scores, caches, states, sums
 
 
-def _ended(caches: tuple, batch: int) -> Bool[Array, 'B']:
-  """Rows of which a layer's cache takes no more tokens."""
+def _status(caches: tuple, batch: int) -> Int32[Array, 'B']:
+  """The worst of what a row's caches say; 0: they take more tokens."""
   status = [c.status.reshape(batch, -1) for c in caches if hasattr(c, 'status')]
   if not status:
-    return jnp.zeros((batch,), bool)
-  return jnp.any(jnp.concatenate(status, axis=1) != 0, axis=1)
+    return jnp.zeros((batch,), jnp.int32)
+  return jnp.max(jnp.concatenate(status, axis=1), axis=1)
 
 
 def decode_loop(
@@ -423,7 +423,7 @@ def decode_loop(
 
   Returns:
     (tokens int32 [B room], -1 where none, scores, caches, states, lengths,
-    done, finite bool [B], sums).
+    done, finite bool [B], sums, status of the caches int32 [B]).
   """
   batch = scores.shape[0]
 
@@ -449,7 +449,7 @@ def decode_loop(
       plan=plan,
     )
     scores = jnp.where(count[:, None] > 0, fresh, scores)
-    lost = _ended(caches, batch)
+    lost = _status(caches, batch) != 0
     count, done = jnp.where(lost, 0, count), done | lost
     sums = jax.tree.map(jnp.add, sums, more)
     return (
@@ -491,8 +491,9 @@ def decode_loop(
     caches,
     states,
     lengths,
-    done | _ended(caches, batch),
+    done | (_status(caches, batch) != 0),
     jnp.ones((batch,), bool),
     sums,
   )
-  return jax.lax.while_loop(going, few_steps, carry)[1:]
+  carry = jax.lax.while_loop(going, few_steps, carry)[1:]
+  return *carry, _status(carry[2], batch)
