@@ -3,11 +3,11 @@
 python -m experiments.run --config=configs/apb_speed.py
 
 Llama 3 8B's shape, random weights. Arguments: `devices=4` (GPUs of this
-machine; 2 and 8 work, too), `length=N` (one length), `method=NAME` (one row),
-`exchange` (only the rows that compare the two exchanges of passing blocks),
-`few` (without what compares exchanges, compressors and layers), `smoke`. 128K,
-256K and 512K tokens; anchor a quarter of a block, passing an eighth (at 512K 8K
-each).
+machine; 2 and 8 work, too), `length=N` (one length), `method=NAME` (one row, or
+several with + between them), `exchange` (only the rows that compare the two
+exchanges of passing blocks), `few` (without what compares exchanges,
+compressors and layers), `smoke`. 128K, 256K and 512K tokens; anchor a quarter
+of a block, passing an eighth (at 512K 8K each).
 """
 
 from configs import common
@@ -56,7 +56,7 @@ def get_config(arg=''):
   elif not arg.few:
     rows |= more | exchanges
   if arg.method:
-    rows = {arg.method: rows[arg.method]}
+    rows = {name: rows[name] for name in arg.method.split('+')}
   config.methods = common.table(rows)
   config.lengths = tuple(KIB * n for n in (128, 256, 512))
   if arg.length:

@@ -69,7 +69,7 @@ def matmul(
     they are where they are launches of their own.
   """
   outputs, inputs = w.shape
-  best = (2, 1 if inputs <= 4 * _FEW else 4)
+  best = (2, 1 if inputs <= 4 * _FEW else 2)
   if norm is not None:  # which all warps of a program share
     best = (4 if inputs <= _FEW else 2, 4)
   sizes = (sizes or MatmulSizes()).filled(outputs, inputs, *best)
@@ -99,7 +99,7 @@ def gated_matmul(
   SwiGLU (arXiv:2002.05202, equation 6). Arguments as of `matmul`.
   """
   outputs, _, inputs = w.shape
-  best = (2, 1) if inputs <= _FEW else (2, 2) if norm is None else (1, 4)
+  best = (2, 1) if inputs <= _FEW else (1, 1 if norm is None else 4)
   sizes = (sizes or MatmulSizes()).filled(outputs, inputs, *best)
 
   def kernel(x, w, norm, out):
