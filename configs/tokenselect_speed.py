@@ -52,6 +52,7 @@ def get_config(arg=''):
   config.steps = 128 if arg.op == 'answer' else 32
   config.layer_steps = 1024
   config.repeats = 10
+  config.warm = 0
   config.layers = 0
   if arg.smoke:
     config.preset = 'tiny'
