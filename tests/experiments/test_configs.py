@@ -220,6 +220,7 @@ def test_bad_arguments(arg):
     ('lserve_budget', 'task=vt+cwe,vary=scorer', 'tasks', 'vt,cwe'),
     ('lserve_2x2', 'task=ruler', 'tasks', ','.join(common.RULER)),
     ('lserve_2x2', '', 'methods', 'dense,static,dynamic,both'),
+    ('tokenselect_speed', 'method=miss best pages', 'methods', 'dense,miss@'),
     (
       'tokenselect_quality',
       'vary=tail,method=tail=64,k=512',
@@ -231,6 +232,7 @@ def test_bad_arguments(arg):
 def test_arguments_narrow_a_table(name, arg, table, labels):
   values = load(ROOT / 'configs' / f'{name}.py', arg)
   found = [label.replace(', int', '@') for label in values[table]]
+  found = [label.replace(', best pages', '@') for label in found]
   assert found == labels.split(',')
 
 
@@ -243,7 +245,10 @@ def test_a_k_and_a_tail_are_of_all_rows_of_tokenselect():
     assert row['prefill']['tail'] == 64
 
 
-@pytest.mark.parametrize('arg', ['method=nosuchthing', 'vary=nosuchthing'])
-def test_rows_that_tokenselect_has_not_are_refused(arg):
-  with pytest.raises(ValueError, match='nosuchthing'):
-    load(ROOT / 'configs' / 'tokenselect_quality.py', arg)
+@pytest.mark.parametrize(
+  ('name', 'arg'),
+  [('quality', 'method=no'), ('quality', 'vary=no'), ('speed', 'method=no')],
+)
+def test_rows_that_tokenselect_has_not_are_refused(name, arg):
+  with pytest.raises(ValueError, match='is (not one|none) of'):
+    load(ROOT / 'configs' / f'tokenselect_{name}.py', arg)
