@@ -4,6 +4,20 @@ from typing import Any
 
 from ml_collections import config_dict
 
+RULER = (
+  'niah_single_1',
+  'niah_single_2',
+  'niah_single_3',
+  'niah_multikey_1',
+  'niah_multikey_2',
+  'niah_multikey_3',
+  'niah_multivalue',
+  'niah_multiquery',
+  'vt',
+  'cwe',
+  'fwe',
+)
+
 
 def parse_arg(arg: str | None, **known: Any) -> config_dict.ConfigDict:
   """Reads `smoke,method=quest` into typed values.
@@ -81,3 +95,17 @@ def methods(
   """
   names = ('dense', chosen) if chosen else fields
   return table({name: fields.get(name, {}) for name in names})
+
+
+def tasks(
+  chosen: str, default: dict[str, dict[str, Any]]
+) -> config_dict.ConfigDict:
+  """The table of tasks of an `evaluate` config.
+
+  Args:
+    chosen: '' for all of `default`; 'ruler' for RULER's; else names with a '+'
+      between them, with their fields from `default` if they stand there.
+    default: fields of each task, by name.
+  """
+  names = RULER if chosen == 'ruler' else tuple(filter(None, chosen.split('+')))
+  return table({name: default.get(name, {}) for name in names or default})

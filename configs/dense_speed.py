@@ -25,6 +25,7 @@ def get_config(arg=''):
   config.steps = 256  # a call costs 1 to 2 ms once
   config.layer_steps = 256
   config.repeats = 10
+  config.warm = 0
   config.layers = 0
   if arg.smoke:
     config.preset = 'tiny'

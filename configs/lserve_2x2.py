@@ -3,9 +3,10 @@
 python -m experiments.run --config=configs/lserve_2x2.py:profile=FILE
 
 FILE comes from configs/train_head_profile.py (default: what it writes under
---workdir=runs/head_profile). Arguments: `budget=N`,
-`method=NAME` (one row beside dense), `smoke`. Times of the same four stand in
-configs/lserve_speed.py.
+--workdir=runs/head_profile). Arguments: `budget=N`, `length=N`, `samples=N`,
+`task=NAME` (one, several with a + between them, or `ruler` for all of it),
+`protocol=whole|context_first`, `method=NAME` (one row beside dense), `smoke`.
+Times of the same four stand in configs/lserve_speed.py.
 """
 
 from configs import common
@@ -14,37 +15,45 @@ PROFILE = 'runs/head_profile/profile.json'
 
 
 def get_config(arg=''):
-  arg = common.parse_arg(arg, method='', profile=PROFILE, budget=2048)
+  arg = common.parse_arg(
+    arg,
+    method='',
+    profile=PROFILE,
+    budget=2048,
+    length=8192,
+    samples=100,
+    task='',
+    protocol='',
+  )
   config = common.base('evaluate', 'LServe: static and dynamic sparsity')
   config.model = '.cache/models/SmolLM2-135M-Instruct.Q4_1.gguf'
   config.dtype = 'bfloat16'
   static = {'method': 'lserve', 'profile': arg.profile}
-  dynamic = {'method': 'lserve', 'budget': arg.budget}
+  dynamic = {'budget': arg.budget}
   config.methods = common.methods(
     arg.method,
     {
       'dense': {},
       'static': static | {'decode': {'crossover': 2**30}},
-      'dynamic': dynamic,
+      # Its prefill is the dense one, which is read once for both.
+      'dynamic': {'method': 'dense+lserve+lserve'} | dynamic,
       'both': static | dynamic,
     },
   )
-  config.tasks = common.table(
-    {
-      'niah_single_2': {},
-      'niah_multikey_1': {},
-      'niah_multivalue': {},
-      'vt': {},
-    }
-  )
-  config.lengths = (8192,)
-  config.samples = 100
+  tasks = ('niah_single_2', 'niah_multikey_1', 'niah_multivalue', 'vt')
+  config.tasks = common.tasks(arg.task, {name: {} for name in tasks})
+  config.lengths = (arg.length,)
+  config.samples = arg.samples
   config.protocols = ('whole', 'context_first')
+  if arg.protocol:
+    config.protocols = (arg.protocol,)
   config.max_new_tokens = 0
   config.batch = 1
   config.capacity = 0
   config.seed = 0
   config.haystack = ''
+  # Layer inputs of Qwen at 32K take 1.4 GB a question in bfloat16.
+  config.shared_gib = 8.0
   config.transfer_guard = 'allow'
   if arg.smoke:
     config.model = 'preset:tiny'

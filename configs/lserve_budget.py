@@ -3,34 +3,37 @@
 python -m experiments.run --config=configs/lserve_budget.py
 
 Arguments: `profile=FILE` (of configs/train_head_profile.py; without one no head
-streams), `vary=budget|reuse|page|cache|scorer` (one column of the table),
-`method=NAME` (one row beside dense), `samples=N`, `smoke`. The default model is
-small; --config.model and --config.lengths take any other. `needle` takes the
-bundled model at 4K, budgets of a quarter and tasks that it can do: minutes on a
-CPU.
+streams, and all rows share dense's prefills), `vary=budget|reuse|page|cache|
+scorer` (one column of the table), `method=NAME` (one row beside dense),
+`task=NAME` (one, several with a + between them, or `ruler` for all of it),
+`samples=N`, `smoke`. The default model is small; --config.model and
+--config.lengths take any other. `needle` takes the bundled model at 4K, budgets
+of a quarter and tasks that it can do: minutes on a CPU.
 """
 
 from configs import common
 
-NEEDLES = ('niah_single_2', 'niah_multikey_1', 'niah_multivalue')
+TASKS = ('niah_single_2', 'niah_multikey_1', 'niah_multivalue', 'vt')
 
 
 def get_config(arg=''):
   arg = common.parse_arg(
-    arg, method='', profile='', vary='', samples=100, needle=False
+    arg, method='', profile='', vary='', task='', samples=100, needle=False
   )
   config = common.base('evaluate', 'LServe: what its numbers cost in quality')
   config.model = '.cache/models/SmolLM2-135M-Instruct.Q4_1.gguf'
   config.dtype = 'bfloat16'
   rows = {'dense': {}}
+  lserve = {'method': 'dense+lserve+lserve'}
+  if arg.profile:
+    lserve = {'method': 'lserve', 'profile': arg.profile}
   for vary, variants in _variants(4 if arg.needle else 1).items():
     if arg.vary in ('', vary):
       rows |= {
-        f'lserve {name}': {'method': 'lserve', 'profile': arg.profile, **fields}
-        for name, fields in variants.items()
+        f'lserve {name}': lserve | fields for name, fields in variants.items()
       }
   config.methods = common.methods(arg.method, rows)
-  config.tasks = common.table({name: {} for name in (*NEEDLES, 'vt')})
+  config.tasks = common.tasks(arg.task, {name: {} for name in TASKS})
   config.lengths = (8192,)
   config.samples = arg.samples
   config.protocols = ('whole', 'context_first')
@@ -39,6 +42,7 @@ def get_config(arg=''):
   config.capacity = 0
   config.seed = 0
   config.haystack = ''
+  config.shared_gib = 8.0
   config.transfer_guard = 'allow'
   if arg.needle:
     config.model = 'lcx/models/needle'
@@ -46,9 +50,7 @@ def get_config(arg=''):
     config.lengths = (4096,)
     config.protocols = ('whole',)
     config.max_new_tokens = 24
-    config.tasks = common.table(
-      {'niah_single_2': {'questions': 1}, 'niah_multikey_1': {'questions': 1}}
-    )
+    config.tasks = common.tasks(arg.task, {name: {} for name in TASKS[:2]})
   if arg.smoke:
     config.model = 'preset:tiny'
     config.dtype = 'float32'

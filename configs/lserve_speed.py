@@ -4,8 +4,14 @@ python -m experiments.run --config=configs/lserve_speed.py
 
 Arguments: `length=N` (one length), `op=step|layer|prefill` (one op), `bits=8`
 or `4` (of the cache, on both sides), `weights=w8a8|w4a16|fp8` (on both sides),
-`method=lserve` (without each kind of sparsity alone), `smoke`. Half of the kv
-heads stream by a fixed rule: which ones does not matter to time.
+`method=lserve` (without each kind of sparsity alone), `reuse` (lserve's layer
+with a selection every 4, 2 and 64 steps), `smoke`. Half of the kv heads stream
+by a fixed rule: which ones does not matter to time.
+
+A step of a layer takes A + S / C, where a selection S serves C steps (these
+three list as many pages): S = (t4 - t64) / (1/4 - 1/64), and of the rest, which
+is attention, append and what a step spends to find that no selection is due,
+selection takes the share S / 4 / (t4 - S / 4).
 """
 
 from configs import common
@@ -14,11 +20,14 @@ KIB = 1024
 
 
 def get_config(arg=''):
-  arg = common.parse_arg(arg, length=0, op='', bits=16, weights='', method='')
+  arg = common.parse_arg(
+    arg, length=0, op='', bits=16, weights='', method='', reuse=False
+  )
   config = common.base('measure_methods', 'LServe: speed on Llama 3 8B')
   config.preset = 'llama3_8b'
-  cache = {16: 'paged', 8: 'paged_int8', 4: 'paged_int4'}[arg.bits]
-  dense = 'dense' if arg.bits == 16 else f'dense+{cache}+dense'
+  dense = {'method': 'dense'}
+  if arg.bits < 16:
+    dense = {'method': f'dense+paged_int{arg.bits}+dense', 'stats': 'none'}
   static = {'profile': 'alternate'}
   # Selected at every length, whatever the policy file advises.
   dynamic = {'dynamic': 'xattention', 'density': 0.125, 'dense_below': 0}
@@ -26,7 +35,7 @@ def get_config(arg=''):
   lserve = {'method': 'lserve', 'bits': arg.bits}
   config.methods = common.table(
     {
-      'dense': {'method': dense},
+      'dense': dense,
       'lserve': {**lserve, **static, **(dynamic if prefill else {})},
       'static only': {
         **lserve,
@@ -37,6 +46,11 @@ def get_config(arg=''):
       'dynamic only': {**lserve, **(dynamic if prefill else {})},
     }
   )
+  if arg.reuse:
+    config.methods = common.table(
+      {'dense': dense}
+      | {f'reuse={n}': {**lserve, **static, 'reuse': n} for n in (4, 2, 64)}
+    )
   if arg.method and arg.method not in config.methods:
     names = ', '.join(config.methods)
     raise ValueError(
@@ -44,16 +58,19 @@ def get_config(arg=''):
     )
   if arg.method:
     chosen = {arg.method: config.methods[arg.method]}
-    config.methods = common.table({'dense': {'method': dense}} | chosen)
+    config.methods = common.table({'dense': dense} | chosen)
   config.lengths = tuple(KIB * n for n in (64, 128, 256))
   if arg.length:
     config.lengths = (arg.length,)
   config.ops = (arg.op,) if arg.op else ('step', 'layer')
+  if arg.reuse:
+    config.ops = ('layer',)
   config.weights = arg.weights
   config.dtype = 'bfloat16'
   config.steps = 128  # a call costs 1 to 2 ms once
   config.layer_steps = 1024
   config.repeats = 10
+  config.warm = 0
   config.layers = 0
   if arg.smoke:
     config.preset = 'tiny'
@@ -62,8 +79,12 @@ def get_config(arg=''):
     config.ops = ('layer',)
     config.steps = config.layer_steps = 4
     config.repeats = 1
-    keep = {'dense': config.methods['dense']}
-    keep['lserve'] = config.methods['lserve']
+    sparse = 'reuse=4' if arg.reuse else 'lserve'
+    keep = {name: config.methods[name] for name in ('dense', sparse)}
     config.methods = common.table(keep)
-    config.methods.lserve.decode = {'budget': 320}
+    config.methods[sparse].decode = {'budget': 320}
+  if arg.bits < 16:
+    config.methods = common.table(
+      {f'{k}, int{arg.bits}': v.to_dict() for k, v in config.methods.items()}
+    )
   return config

@@ -25,19 +25,6 @@ _MODELS = {
     (2048, 4096, 8192, 16384),
   ),
 }
-_TASKS = (
-  'niah_single_1',
-  'niah_single_2',
-  'niah_single_3',
-  'niah_multikey_1',
-  'niah_multikey_2',
-  'niah_multikey_3',
-  'niah_multivalue',
-  'niah_multiquery',
-  'vt',
-  'cwe',
-  'fwe',
-)
 # What is kept of a context must be below the shortest length. Each method has
 # about an eighth of 8K tokens; those not named run with their own numbers.
 _WINDOW = {'sink': 64, 'recent': 960}
@@ -76,8 +63,7 @@ def get_config(arg=''):
   config.methods = common.methods(arg.method, _METHODS)
   if arg.few and not arg.method:
     del config.methods['*']
-  names = (arg.task,) if arg.task else _TASKS
-  config.tasks = common.table({name: {} for name in names})
+  config.tasks = common.tasks(arg.task or 'ruler', {})
   config.lengths = (arg.length,) if arg.length else lengths
   config.samples = arg.samples
   both = ('whole', 'context_first')

@@ -44,6 +44,7 @@ def get_config(arg=''):
   config.capacity = 0
   config.seed = 0
   config.haystack = ''
+  config.shared_gib = 0.0
   config.transfer_guard = 'allow'
   if arg.smoke:
     small = {'k': 128, 'sink': 8, 'local': 32}

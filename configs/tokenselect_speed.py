@@ -3,7 +3,8 @@
 python -m experiments.run --config=configs/tokenselect_speed.py
 
 Arguments: `op=hit|miss|prefill|answer` (one of the four; without it `miss`),
-`length=N` (one length), `smoke`.
+`length=N` (one length), `method=NAME` (one row beside dense, several with a +
+between them, their names without commas), `smoke`.
 
   hit      decode attention of one layer while queries stay alike: the
            Selection Cache serves, 128K and 1M
@@ -33,7 +34,7 @@ OPS = {
 
 
 def get_config(arg=''):
-  arg = common.parse_arg(arg, op='miss', length=0)
+  arg = common.parse_arg(arg, op='miss', length=0, method='')
   if arg.op not in OPS:
     raise ValueError(
       f'config argument op={arg.op!r} is not one of {", ".join(OPS)}'
@@ -44,14 +45,23 @@ def get_config(arg=''):
   whole = arg.op in ('prefill', 'answer')
   lengths = (128 * KIB,) if whole else (128 * KIB, KIB * KIB)
   config.lengths = (arg.length,) if arg.length else lengths
-  config.methods = common.table(
-    {'dense': {}} | rows(arg.op, max(config.lengths))
-  )
+  found = rows(arg.op, max(config.lengths))
+  if arg.method:
+    named = {name.replace(',', ''): name for name in found}
+    chosen = arg.method.split('+')
+    if unknown := set(chosen) - set(named):
+      raise ValueError(
+        f'config argument method: {", ".join(unknown)} is none of '
+        f'{", ".join(named)}'
+      )
+    found = {named[name]: found[named[name]] for name in chosen}
+  config.methods = common.table({'dense': {}} | found)
   config.weights = ''
   config.dtype = 'bfloat16'
   config.steps = 128 if arg.op == 'answer' else 32
   config.layer_steps = 1024
   config.repeats = 10
+  config.warm = 0
   config.layers = 0
   if arg.smoke:
     config.preset = 'tiny'

@@ -34,7 +34,7 @@ from experiments import (
 )
 from experiments.answers import Place, Variant
 from experiments.results import Results, Row, key_of, write_json
-from lcx import sharding
+from lcx import head_profile, sharding
 from lcx.engine.placement import NewKeys, Placement
 from lcx.engine.plan import Residual
 from lcx.methods.base import Prompt
@@ -371,6 +371,7 @@ def _check(config: Config, missing: Sequence[Place]) -> None:
           place = Placement(method, shards, capacity, 0, config.new_keys)
           _check_layout(config, place)
           method.cache.check(numbers, capacity, config.batch, method.decode)
+          check_weights(method, source)
         except ValueError as error:
           raise ValueError(
             f'config.methods.{variant.label} on {source.name}, length '
@@ -383,6 +384,23 @@ def _check(config: Config, missing: Sequence[Place]) -> None:
         numbers.max_position,
         max(config.lengths),
       )
+
+
+def check_weights(method: Any, source: models.Source) -> None:
+  """Refuses what was learned for another model of the same shape.
+
+  Raises:
+    ValueError: the head profile is of other weight files.
+  """
+  path = getattr(method.cache, 'profile', '')
+  if path in ('', head_profile.ALTERNATE):
+    return
+  if (own := head_profile.load(path).sha256) != source.sha256:
+    raise ValueError(
+      f'head profile {path} is of other weights: {own[:12]}, not '
+      f'{source.sha256[:12]}. Train one for these; if they are the same model '
+      'in another file, put its SHA-256 into the profile'
+    )
 
 
 def _answers(

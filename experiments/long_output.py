@@ -71,6 +71,8 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   ]
   task = evaluate.task(config.task, {}, 0)
   source = models.find(config.model, config.seed)
+  for each in variants:
+    evaluate.check_weights(each.method, source)
   dtype = evaluate.dtype_of(config.dtype)
   where = environment.describe()
   fields = dataclasses.asdict(config)

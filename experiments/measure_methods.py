@@ -53,6 +53,9 @@ class Config:
     layer_steps: the same of one layer, so many that what a call costs once (1
       to 2 ms) is a small part.
     repeats: samples.
+    warm: tokens of the first prompt of `prefill` and `answer`, which is not
+      timed; 0: as many as of the others. (A shorter one makes what is made
+      once; the others' program is compiled ahead of time, which is taken off.)
     layers: of the model that are kept; 0: all. (Times of fewer layers are no
       times of the model.)
   """
@@ -69,6 +72,7 @@ class Config:
   steps: int = 32
   layer_steps: int = 256
   repeats: int = 10
+  warm: int = 0
   layers: int = 0
 
   def __post_init__(self):
@@ -78,6 +82,11 @@ class Config:
     for name in ('steps', 'layer_steps', 'repeats'):
       if getattr(self, name) < 1:
         raise ValueError(f'config.{name}={getattr(self, name)}: at least 1')
+    if not 0 <= self.warm <= min(self.lengths):
+      raise ValueError(
+        f'config.warm={self.warm} must be within 0 and the shortest of '
+        f'config.lengths={self.lengths}'
+      )
 
 
 def run(config: Config, workdir: pathlib.Path) -> None:
@@ -125,6 +134,7 @@ def _row(bench, op, length, label, method, where, results) -> Row:
     'parts': repr(method),
     'steps': config.layer_steps if 'layer' in op else config.steps,
     'repeats': config.repeats,
+    'warm': config.warm,
     'layers': config.layers,
     'device': where['device'],
     'versions': where['versions'],
@@ -398,38 +408,39 @@ class Bench:
 
   def prefill(self, method: Method, length: int) -> dict[str, Any]:
     """A prompt of random tokens; at most three samples, since it is long."""
-    engine = self._engine(method, length, 256)
-    prompt = self._prompt(length)
-    times = []
-    for _ in range(1 + min(self.config.repeats, 3)):
-      begin = time.perf_counter()
-      session = engine.prefill([prompt])
-      np.asarray(session.scores)
-      times.append(time.perf_counter() - begin)
-      kv = sum(sum(c.nbytes().values()) for c in session.caches)
-      del session  # before the next one's caches are made
-    return {
-      'repeats_ms': [t * 1e3 for t in times[1:]],
-      'compile_s': engine.compile_s,
-      'kv_bytes': kv,
-    }
+    found = self._read(method, length, 0)
+    return found | {'repeats_ms': found.pop('prefill_repeats_ms')}
 
   def answer(self, method: Method, length: int) -> dict[str, Any]:
     """A prompt of random tokens and `steps` tokens after it."""
-    engine = self._engine(method, length, max(256, self.config.steps))
+    return self._read(method, length, self.config.steps)
+
+  def _read(self, method: Method, length: int, steps: int) -> dict[str, Any]:
+    """Times of a prompt, and of it and `steps` tokens after it."""
+    config = self.config
+    engine = self._engine(method, length, max(256, steps))
     prompt = self._prompt(length)
-    times, kv = [], None
-    for _ in range(1 + min(self.config.repeats, 3)):
-      begin = time.perf_counter()
-      session = engine.prefill([prompt])
-      _, status = engine.decode(session, self.config.steps)  # waits
-      times.append(time.perf_counter() - begin)
-      if status != ['ok']:
-        raise RuntimeError(f'the row ended: {status[0]}')
+    first = self._prompt(config.warm or length)
+
+    def clock() -> float:
+      return 1e3 * (time.perf_counter() - engine.compile_s)
+
+    times, read, kv = [], [], None
+    for one in (first, *[prompt] * min(config.repeats, 3)):
+      begin = clock()
+      session = engine.prefill([one])
+      np.asarray(session.scores)  # waits
+      read.append(clock() - begin)
+      if steps:
+        _, status = engine.decode(session, steps)  # waits
+        if status != ['ok']:
+          raise RuntimeError(f'the row ended: {status[0]}')
+      times.append(clock() - begin)
       kv = sum(sum(c.nbytes().values()) for c in session.caches)
-      del session
+      del session  # before the next one's caches are made
     return {
-      'repeats_ms': [t * 1e3 for t in times[1:]],
+      'repeats_ms': times[1:],
+      'prefill_repeats_ms': read[1:],
       'compile_s': engine.compile_s,
       'kv_bytes': kv,
     }

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from kernels_pallas import dispatch
 from kernels_pallas.decode_matmul.gpu import (
   MatmulSizes,
+  Scaled,
   gated_matmul,
   matmul,
   rotated_matmul,
@@ -24,6 +25,7 @@ from kernels_pallas.decode_matmul.gpu import (
 
 __all__ = [
   'MatmulSizes',
+  'Scaled',
   'gated_matmul',
   'matmul',
   'rotated_matmul',
@@ -38,15 +40,21 @@ def serves(rows: int, *matrices: Any) -> bool:
 
   Args:
     rows: tokens of a call.
-    *matrices: outputs first, [*M D]; one that is no plain array of a 16-bit
-      float is not served.
+    *matrices: outputs first, [*M D]; one that is neither a plain array of a
+      16-bit float nor `Scaled` is not served.
   """
   if not dispatch.prefers('gpu') or rows != 1:
     return False
-  return all(
-    isinstance(w, jax.Array)
-    and w.dtype in (jnp.bfloat16, jnp.float16)
-    and w.shape[-1] <= MAX_INPUTS
-    and w.shape[0] % 2 == 0
-    for w in matrices
-  )
+
+  def fits(w: Any) -> bool:
+    codes, dtypes = w, (jnp.bfloat16, jnp.float16)
+    if isinstance(w, Scaled):
+      codes, dtypes = w.codes, (jnp.int8,)
+    return (
+      isinstance(codes, jax.Array)
+      and codes.dtype in dtypes
+      and codes.shape[-1] <= MAX_INPUTS
+      and codes.shape[0] % 2 == 0
+    )
+
+  return all(map(fits, matrices))

@@ -3,19 +3,39 @@
 A program reads its rows of the matrix whole, all of them at once, so that
 nothing but the chip's bandwidth bounds how fast they come; the vector, and its
 norm, which every program makes anew, come from the cache meanwhile.
+
+A matrix may be int8 codes with a scale an output (`Scaled`): half the bytes.
+The vector is not quantised, which would save none.
 """
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int8
 
 # Fewer inputs than this are few bytes a row: several rows a program then.
 _FEW = 1024
+
+
+class Scaled(NamedTuple):
+  """A matrix of codes: row i is scale[i] * codes[i].
+
+  Attributes:
+    codes: int8 [*M D].
+    scale: float32 [*M].
+  """
+
+  codes: Int8[Array, '*M D']
+  scale: Float[Array, '*M']
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.codes.shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +53,13 @@ class MatmulSizes:
   piece: int = 0
 
   def filled(
-    self, outputs: int, inputs: int, rows: int, warps: int
+    self, outputs: int, inputs: int, rows: int, warps: int, w: Any = None
   ) -> 'MatmulSizes':
-    """With these in the places of zeros, rows so that they divide outputs."""
-    rows = self.rows or rows
+    """With these in the places of zeros, rows so that they divide outputs.
+
+    Twice the rows of codes, so that as many bytes are on their way.
+    """
+    rows = self.rows or rows * (2 if isinstance(w, Scaled) else 1)
     while outputs % rows:
       rows //= 2
     piece = min(self.piece or 2048, pl.next_power_of_2(inputs))
@@ -45,7 +68,7 @@ class MatmulSizes:
 
 def matmul(
   x: Float[Array, 'D'],
-  w: Float[Array, 'M D'],
+  w: Float[Array, 'M D'] | Scaled,
   *,
   norm: Float[Array, 'D'] | None = None,
   eps: float = 0.0,
@@ -72,7 +95,7 @@ def matmul(
   best = (2, 1 if inputs <= 4 * _FEW else 2)
   if norm is not None:  # which all warps of a program share
     best = (4 if inputs <= _FEW else 2, 4)
-  sizes = (sizes or MatmulSizes()).filled(outputs, inputs, *best)
+  sizes = (sizes or MatmulSizes()).filled(outputs, inputs, *best, w)
 
   def kernel(x, w, norm, add, out):
     row = _rows(pl.program_id(0) * sizes.rows, sizes)
@@ -87,7 +110,7 @@ def matmul(
 
 def gated_matmul(
   x: Float[Array, 'D'],
-  w: Float[Array, 'F 2 D'],
+  w: Float[Array, 'F 2 D'] | Scaled,
   *,
   norm: Float[Array, 'D'] | None = None,
   eps: float = 0.0,
@@ -100,7 +123,7 @@ def gated_matmul(
   """
   outputs, _, inputs = w.shape
   best = (2, 1) if inputs <= _FEW else (1, 1 if norm is None else 4)
-  sizes = (sizes or MatmulSizes()).filled(outputs, inputs, *best)
+  sizes = (sizes or MatmulSizes()).filled(outputs, inputs, *best, w)
 
   def kernel(x, w, norm, out):
     row = _rows(pl.program_id(0) * sizes.rows, sizes)
@@ -115,7 +138,7 @@ def gated_matmul(
 
 def rotated_matmul(
   x: Float[Array, 'D'],
-  w: Float[Array, 'K G+2 H D'],
+  w: Float[Array, 'K G+2 H D'] | Scaled,
   turn: Float[Array, '2 H/2'],
   *,
   norm: Float[Array, 'D'],
@@ -143,7 +166,7 @@ def rotated_matmul(
   kv_heads, width, head_dim, inputs = w.shape
   group, half = width - 2, head_dim // 2
   best = (2 if inputs <= _FEW else 1, 4)
-  sizes = (sizes or MatmulSizes()).filled(half, inputs, *best)
+  sizes = (sizes or MatmulSizes()).filled(half, inputs, *best, w)
   blocks = half // sizes.rows
 
   def kernel(x, w, norm, add, turn, out):
@@ -202,7 +225,7 @@ def _products(x, w, norm, eps, rows, sizes):
 
   Args:
     x: ref.
-    w: ref.
+    w: ref, or refs of codes and scales.
     norm: ref or None.
     eps: of the norm.
     rows: indices into all but w's last axis, a tuple for each part.
@@ -220,7 +243,13 @@ def _products(x, w, norm, eps, rows, sizes):
 
   tile = (sizes.rows, sizes.piece)
   spread = [[jnp.broadcast_to(i[:, None], tile) for i in at] for at in rows]
-  matrix = [[load(w, tile, piece, *at) for at in spread] for piece in pieces]
+  codes, scales = w, None
+  if isinstance(w, Scaled):
+    codes, scale = jax.tree.leaves(w)
+    scales = [plgpu.load(scale.at[*at]) for at in rows]
+  matrix = [
+    [load(codes, tile, piece, *at) for at in spread] for piece in pieces
+  ]
 
   def vector(ref):
     return [_wide(load(ref, (sizes.piece,), piece)) for piece in pieces]
@@ -233,11 +262,16 @@ def _products(x, w, norm, eps, rows, sizes):
     y = [
       _wide((part * inverse * by).astype(x.dtype)) for part, by in zip(y, scale)
     ]
-  found = (
-    sum(_wide(tiles[j]) * part[None] for tiles, part in zip(matrix, y))
+  found = [
+    jnp.sum(
+      sum(_wide(tiles[j]) * part[None] for tiles, part in zip(matrix, y)),
+      axis=1,
+    )
     for j in range(len(rows))
-  )
-  return [_wide(jnp.sum(part, axis=1).astype(x.dtype)) for part in found]
+  ]
+  if scales is not None:
+    found = [part * scale for part, scale in zip(found, scales)]
+  return [_wide(part.astype(x.dtype)) for part in found]
 
 
 def _rows(first, sizes):

@@ -4,7 +4,11 @@ What `lcx.models.transformer` says in array operations, for the case where their
 launches take longer than their work: norms, bias, gate and residual sums are
 parts of the products (`kernels_pallas.decode_matmul`), but for the norm before
 a wide model's feed-forward, a launch of its own (`kernels_pallas.add_norm`).
+Matrices of `lcx.models.low_bit` are served where they are of kind 'w8a8'; the
+token is not quantised then.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +17,7 @@ from jaxtyping import Array, Float, Int32
 from kernels_pallas import add_norm, decode_matmul
 from kernels_pallas.append_token import Joint
 from lcx.models.config import ModelConfig
+from lcx.models.low_bit import LowBit
 from lcx.models.transformer import make_rope, normed_qkv
 
 _MATRICES = ('qkv', 'o', 'gate_up', 'down')
@@ -24,8 +29,16 @@ WIDE = 2048
 def serves(layer: dict[str, jax.Array], x: Float[Array, 'B T D']) -> bool:
   """Whether the functions here can take the layer's place on this device."""
   return decode_matmul.serves(
-    x.shape[0] * x.shape[1], *(layer[name] for name in _MATRICES)
+    x.shape[0] * x.shape[1], *(_operand(layer[name]) for name in _MATRICES)
   )
+
+
+def _operand(matrix: Any) -> Any:
+  """What a launch takes for a matrix [*M D]; itself, where none does."""
+  if isinstance(matrix, LowBit) and matrix.kind == 'w8a8':
+    codes, scale = matrix.array.qvalue, matrix.array.scale
+    return decode_matmul.Scaled(codes, scale[..., 0])
+  return matrix
 
 
 def attention_inputs(
@@ -36,7 +49,7 @@ def attention_inputs(
     bias = layer['qkv_bias'].reshape(-1) if config.qkv_bias else None
     qkv = decode_matmul.matmul(
       x.reshape(-1),
-      layer['qkv'].reshape(-1, config.d_model),
+      _operand(layer['qkv'].reshape(-1, config.d_model)),
       norm=layer['attention_norm'],
       eps=config.norm_eps,
       add=bias,
@@ -59,7 +72,7 @@ def rotated_inputs(
     unit = jnp.concatenate([jnp.ones(half), jnp.zeros(half)])
     array = decode_matmul.rotated_matmul(
       x.reshape(-1),
-      layer['qkv'],
+      _operand(layer['qkv']),
       # What the rotation makes of (1, 0): cosines, then sines.
       make_rope(config)(unit[None, None, None], positions).reshape(2, half),
       norm=layer['attention_norm'],
@@ -78,7 +91,7 @@ def layer_output(
   """As `transformer.layer_output`."""
   attention = attention.astype(x.dtype).reshape(-1)
   before, eps = x.reshape(-1), config.norm_eps
-  o, scale = layer['o'].reshape(config.d_model, -1), layer['ff_norm']
+  o, scale = _operand(layer['o'].reshape(config.d_model, -1)), layer['ff_norm']
   wide = config.d_model >= WIDE and add_norm.serves(config.d_model)
   with jax.named_scope('attention_output'):
     if wide:
@@ -89,5 +102,9 @@ def layer_output(
       total = y = decode_matmul.matmul(attention, o, add=before)
       norm = scale
   with jax.named_scope('feed_forward'):
-    y = decode_matmul.gated_matmul(y, layer['gate_up'], norm=norm, eps=eps)
-    return decode_matmul.matmul(y, layer['down'], add=total).reshape(x.shape)
+    y = decode_matmul.gated_matmul(
+      y, _operand(layer['gate_up']), norm=norm, eps=eps
+    )
+    return decode_matmul.matmul(y, _operand(layer['down']), add=total).reshape(
+      x.shape
+    )

@@ -209,3 +209,46 @@ def test_arguments(arg, values):
 def test_bad_arguments(arg):
   with pytest.raises(ValueError, match='config argument'):
     common.parse_arg(arg, n=3)
+
+
+@pytest.mark.parametrize(
+  ('name', 'arg', 'table', 'labels'),
+  [
+    ('lserve_speed', 'reuse', 'methods', 'dense,reuse=4,reuse=2,reuse=64'),
+    ('lserve_speed', 'bits=8,method=lserve', 'methods', 'dense@8,lserve@8'),
+    ('lserve_speed', 'smoke,bits=4,reuse', 'methods', 'dense@4,reuse=4@4'),
+    ('lserve_budget', 'task=vt+cwe,vary=scorer', 'tasks', 'vt,cwe'),
+    ('lserve_2x2', 'task=ruler', 'tasks', ','.join(common.RULER)),
+    ('lserve_2x2', '', 'methods', 'dense,static,dynamic,both'),
+    ('tokenselect_speed', 'method=miss best pages', 'methods', 'dense,miss@'),
+    (
+      'tokenselect_quality',
+      'vary=tail,method=tail=64,k=512',
+      'methods',
+      'dense,tokenselect,tail=64',
+    ),
+  ],
+)
+def test_arguments_narrow_a_table(name, arg, table, labels):
+  values = load(ROOT / 'configs' / f'{name}.py', arg)
+  found = [label.replace(', int', '@') for label in values[table]]
+  found = [label.replace(', best pages', '@') for label in found]
+  assert found == labels.split(',')
+
+
+def test_a_k_and_a_tail_are_of_all_rows_of_tokenselect():
+  path = ROOT / 'configs' / 'tokenselect_quality.py'
+  values = load(path, 'vary=threshold,k=512,tail=64')
+  del values['methods']['dense']
+  for row in values['methods'].values():
+    assert (row['prefill']['k'], row['decode']['k']) == (512, 512)
+    assert row['prefill']['tail'] == 64
+
+
+@pytest.mark.parametrize(
+  ('name', 'arg'),
+  [('quality', 'method=no'), ('quality', 'vary=no'), ('speed', 'method=no')],
+)
+def test_rows_that_tokenselect_has_not_are_refused(name, arg):
+  with pytest.raises(ValueError, match='is (not one|none) of'):
+    load(ROOT / 'configs' / f'tokenselect_{name}.py', arg)

@@ -18,11 +18,13 @@ from experiments import (
   environment,
   errors,
   evaluate,
+  models,
   report,
   resolve,
   results,
   run,
 )
+from lcx import head_profile
 from lcx.cache import host_calls
 from lcx.select import vector_index
 from tests.experiments import fake
@@ -249,6 +251,29 @@ def test_bad_configs_are_refused(tmp_path, change, says):
   with pytest.raises((ValueError, OSError), match=says):
     evaluate.run(config(**change), tmp_path / 'run')
   assert fake.Engine.calls == 0
+
+
+@pytest.mark.parametrize('kind', ['evaluate', 'long_output'])
+def test_a_head_profile_of_other_weights_is_refused(kind, tmp_path):
+  """Of a model of the same shape, which the engine cannot tell apart."""
+  source = models.find('preset:tiny', 0)
+  numbers = models.numbers(source, 'float32')
+  gates = ((0.5,) * numbers.n_kv_heads,) * numbers.n_layers
+  path = tmp_path / 'profile.json'
+
+  def run_with(sha256):
+    shape = head_profile.fingerprint(numbers)
+    path.write_text(head_profile.HeadProfile(gates, shape, sha256).to_json())
+    head_profile.load.cache_clear()
+    methods = {'lserve': {'profile': str(path), 'budget': 384}}
+    if kind == 'evaluate':
+      evaluate.run(config(methods=methods), tmp_path / 'run')
+      return
+    evaluate.check_weights(evaluate.variant(*methods.popitem()).method, source)
+
+  with pytest.raises(ValueError, match='is of other weights: ab'):
+    run_with('ab' * 32)
+  run_with(source.sha256)
 
 
 def test_a_file_of_prompts_is_a_task(tmp_path):

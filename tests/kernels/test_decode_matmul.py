@@ -10,13 +10,13 @@ import pytest
 
 from kernels_pallas import add_norm, decode_matmul, dispatch
 from kernels_pallas.append_token import Joint
-from kernels_pallas.decode_matmul import MatmulSizes, gpu
+from kernels_pallas.decode_matmul import MatmulSizes, Scaled, gpu
 from lcx.cache.base import CacheShape
 from lcx.engine import steps
 from lcx.engine.plan import Plan
 from lcx.methods import get_method
 from lcx.methods.base import Tail
-from lcx.models import decode_layer, transformer
+from lcx.models import decode_layer, low_bit, transformer
 from lcx.models.presets import preset
 from tests import oracle
 from tests.kernels import cases
@@ -115,9 +115,39 @@ def test_rotated_matmul(heads, width, dim, inputs):
   _rotated(heads, width, dim, inputs, interpret=True)
 
 
+def _codes(inputs, outputs, interpret):
+  """All three of codes: as of the matrix that these stand for."""
+  rng, x, _, norm = _operands(inputs, 1)
+  run = functools.partial(jax.jit, static_argnames=('eps', 'interpret'))
+  more = {'norm': norm, 'eps': EPS, 'interpret': interpret}
+
+  def draw(*shape):
+    codes = rng.integers(-127, 128, (*shape, inputs)).astype(np.int8)
+    scale = rng.uniform(0.5, 1.5, shape) * inputs**-0.5 / 127
+    scale = scale.astype(np.float32)
+    w = Scaled(jnp.asarray(codes), jnp.asarray(scale))
+    return w, (codes * scale[..., None].astype(float)) @ _norm(x, norm)
+
+  w, want = draw(outputs)
+  _assert_close(run(gpu.matmul)(x, w, **more), want, jnp.bfloat16)
+  w, want = draw(outputs, 2)
+  want = want[:, 0] / (1 + np.exp(-want[:, 0])) * want[:, 1]
+  _assert_close(run(gpu.gated_matmul)(x, w, **more), want, jnp.bfloat16)
+  w, want = draw(2, 3, 16)
+  still = np.stack([np.ones(8), np.zeros(8)]).astype(np.float32)
+  want = want.swapaxes(0, 1).reshape(-1, 16)
+  got = run(gpu.rotated_matmul)(x, w, still, **more)
+  _assert_close(got, want, jnp.bfloat16)
+
+
+def test_codes():
+  _codes(896, 24, interpret=True)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize('name', SIZES)
 def test_on_a_gpu(name):
+  _codes(SIZES[name][1], SIZES[name][0], interpret=False)
   _rotated(2, 9, 64, SIZES[name][1], interpret=False)
   _matmul(name, jnp.bfloat16, True, interpret=False)
   _gated(*SIZES[name], interpret=False)
@@ -131,6 +161,41 @@ def test_sizes():
   assert MatmulSizes().filled(5, 64, 4, 1).rows == 1
 
 
+def test_codes_take_twice_the_rows():
+  w = Scaled(jnp.zeros((64, 64), jnp.int8), jnp.ones(64))
+  assert MatmulSizes().filled(64, 64, 2, 1, w).rows == 4
+  assert MatmulSizes(rows=2).filled(64, 64, 1, 1, w).rows == 2
+
+
+@pytest.mark.long
+def test_a_layer_of_codes_takes_them(monkeypatch):
+  """As the layer's own lines say, which quantise the token, too."""
+  pytest.importorskip('qwix')
+  for name in ('matmul', 'gated_matmul', 'rotated_matmul'):
+    run = functools.partial(getattr(gpu, name), interpret=True)
+    monkeypatch.setattr(decode_matmul, name, run)
+  monkeypatch.setattr(dispatch, '_order', lambda: ('gpu', 'xla'))
+  config = preset('tiny', n_layers=1, dtype='float32')
+  weights = transformer.init(config, jax.random.key(0))
+  x = jax.random.normal(jax.random.key(1), (1, 1, config.d_model))
+  heads = (1, 1, config.n_heads, config.head_dim)
+  attention = jax.random.normal(jax.random.key(2), heads)
+  served = {'w8a8': True, 'w4a16': False}
+  for kind, serves in served.items():
+    (layer,) = low_bit.quantise(weights, kind).layers
+    assert decode_layer.serves(layer, x) is serves
+  (layer,) = low_bit.quantise(weights, 'w8a8').layers
+  for name, given in (
+    ('attention_inputs', (x,)),
+    ('layer_output', (x, attention)),
+  ):
+    got = getattr(decode_layer, name)(layer, *given, config)
+    want = getattr(transformer, name)(layer, *given, config)
+    for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+      error = jnp.linalg.norm(mine - theirs) / jnp.linalg.norm(theirs)
+      assert mine.shape == theirs.shape and 0 < float(error) < 0.015
+
+
 def test_what_is_not_served(monkeypatch):
   w = jnp.zeros((64, 2, 64), jnp.bfloat16)
   assert not decode_matmul.serves(1, w)  # no GPU here
@@ -140,6 +205,9 @@ def test_what_is_not_served(monkeypatch):
   assert not decode_matmul.serves(1, w, w.astype(jnp.float32))
   assert not decode_matmul.serves(1, {'code': w})
   assert not decode_matmul.serves(1, w[:3])
+  codes = Scaled(w.astype(jnp.int8), jnp.ones((64, 2)))
+  assert decode_matmul.serves(1, codes, w)
+  assert not decode_matmul.serves(1, codes._replace(codes=w))
 
 
 @pytest.mark.parametrize(
