@@ -209,3 +209,22 @@ def test_arguments(arg, values):
 def test_bad_arguments(arg):
   with pytest.raises(ValueError, match='config argument'):
     common.parse_arg(arg, n=3)
+
+
+def test_a_piece_of_a_table_has_the_methods_it_names():
+  def names(config, arg):
+    return list(load(ROOT / 'configs' / f'{config}.py', arg)['methods'])
+
+  assert names('ruler_real', 'method=quest/snapkv') == [
+    'dense',
+    'quest',
+    'snapkv',
+  ]
+  assert names('ruler_real', 'method=quest,alone') == ['quest']
+  assert names('ruler_real', 'few,alone')[0] == 'streaming'
+  assert names('apb_quality', 'part=ablation,method=gap/no anchor,alone') == [
+    'gap',
+    'no anchor',
+  ]
+  with pytest.raises(ValueError, match="method='quest': part=tasks has star"):
+    names('apb_quality', 'method=quest')
