@@ -226,5 +226,9 @@ def test_a_piece_of_a_table_has_the_methods_it_names():
     'gap',
     'no anchor',
   ]
+  both = names('apb_quality', 'part=hosts/ablation,method=star 8/nothing')
+  assert both == ['dense', 'star 8', 'nothing']
+  with pytest.raises(ValueError, match="part='all': one of tasks, hosts"):
+    names('apb_quality', 'part=tasks/all')
   with pytest.raises(ValueError, match="method='quest': part=tasks has star"):
     names('apb_quality', 'method=quest')
