@@ -211,6 +211,18 @@ def test_bad_arguments(arg):
     common.parse_arg(arg, n=3)
 
 
+def test_virtual_hosts_are_timed_on_one_device_alone():
+  def get(arg):
+    return load(ROOT / 'configs' / 'apb_speed.py', arg)
+
+  found = get('devices=1,hosts=4')
+  assert found['devices'] == 1 and found['methods']['apb']['hosts'] == 4
+  assert found['methods']['apb balanced']['hosts'] == 8
+  assert not {'ring', 'ulysses', 'apb forward'} & set(found['methods'])
+  with pytest.raises(ValueError, match='hosts=4 is of one device'):
+    get('hosts=4')
+
+
 def test_a_piece_of_a_table_has_the_methods_it_names():
   def names(config, arg):
     return list(load(ROOT / 'configs' / f'{config}.py', arg)['methods'])
