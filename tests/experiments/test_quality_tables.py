@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments import comparison, quality_tables
+from experiments import comparison, quality_plots, quality_tables
 
 
 @pytest.fixture(scope='module')
@@ -161,6 +161,21 @@ def test_pieces_without_dense_are_joined_with_the_piece_that_has_it():
   lines = {line.split('|')[2].strip(): line for line in said.splitlines()[7:]}
   assert '| 0.00* | 0.00* | 0.00* | 0.00 | -1.00 |' in lines['y']
   assert '| 1.00 | 1.00 | 1.00 | 1.00 | +0.00 |' in lines['z']
+
+
+def test_differences_to_dense_are_drawn(tmp_path):
+  source = quality_tables.RESULTS / 'apb_quality_cpu.jsonl'
+  out = tmp_path / 'out.png'
+  quality_plots.main([str(source), str(out)])
+  drawn = (quality_tables.RESULTS / 'apb_quality_cpu.png').read_bytes()
+  # Width and height are those of the committed one: as many methods.
+  assert out.read_bytes()[:24] == drawn[:24]
+  lines = comparison.compare(quality_tables.read(source))
+  worst = quality_plots._worst(lines)
+  where = 'SmolLM2-135M-Instruct.Q4_1', 2048, 'whole'
+  assert worst[*where, 'no anchor random'] == -1
+  with pytest.raises(ValueError, match='no row has a partner in dense'):
+    quality_plots.main([str(source), str(out), 'ruler_real'])
 
 
 def test_what_is_no_run_is_refused(tmp_path):
