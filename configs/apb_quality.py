@@ -5,10 +5,12 @@ python -m experiments.run --config=configs/apb_quality.py
 RULER on a real model with 4 hosts on one device (virtual: the numbers are those
 of 4 devices). Arguments: `part=tasks` (all methods by task; default),
 `part=hosts` (2, 4 and 8 hosts, APB and Star), `part=ablation` (anchor, passing,
-compressor and question in the anchor, each off), `hosts=N` (instead of 4: a
-multiple of the mesh's seq axis; not with `part=hosts`), `heads=FILE` (adds
-trained retaining heads), `samples=N`, `length=N`, `short` (needles in 2K tokens
-alone: minutes on a CPU), `needle` (the same by the bundled model), `smoke`.
+compressor and question in the anchor, each off; several parts with `/` between
+them), `hosts=N` (instead of 4: a multiple of the mesh's seq axis; not with
+`part=hosts`), `heads=FILE` (adds trained retaining heads), `method=` (labels of
+the part, `/` between them, beside dense), `alone` (without dense: as in
+ruler_real), `samples=N`, `length=N`, `short` (needles in 2K tokens alone:
+minutes on a CPU), `needle` (the same by the bundled model), `smoke`.
 `--config.model=PATH` takes any Hugging Face folder or GGUF file.
 """
 
@@ -32,6 +34,8 @@ def get_config(arg=''):
     part='tasks',
     hosts=0,
     heads='',
+    method='',
+    alone=False,
     samples=50,
     length=0,
     short=False,
@@ -41,16 +45,24 @@ def get_config(arg=''):
   config.model = '.cache/models/SmolLM2-135M-Instruct.Q4_1.gguf'
   config.dtype = 'auto'
   parts = {'tasks': tasks, 'hosts': hosts, 'ablation': ablation}
-  if arg.part not in parts:
+  rows = {}
+  for part in arg.part.split('/'):
+    if part not in parts:
+      raise ValueError(
+        f'config argument part={part!r}: one of {", ".join(parts)}'
+      )
+    if arg.hosts and part == 'hosts':
+      raise ValueError(
+        f'config argument hosts={arg.hosts}: part=hosts has its own, leave it '
+        'out'
+      )
+    rows |= parts[part](arg.hosts or 4, arg.heads)
+  if set(filter(None, arg.method.split('/'))) - set(rows):
     raise ValueError(
-      f'config argument part={arg.part!r}: one of {", ".join(parts)}'
+      f'config argument method={arg.method!r}: part={arg.part} has '
+      f'{", ".join(rows)}'
     )
-  if arg.hosts and arg.part == 'hosts':
-    raise ValueError(
-      f'config argument hosts={arg.hosts}: part=hosts has its own, leave it out'
-    )
-  rows = parts[arg.part](arg.hosts or 4, arg.heads)
-  config.methods = common.table({'dense': {}} | rows)
+  config.methods = common.methods(arg.method, {'dense': {}} | rows, arg.alone)
   config.tasks = common.table({name: {} for name in TASKS})
   config.lengths = (arg.length,) if arg.length else (16384, 32768)
   config.samples = arg.samples
@@ -75,7 +87,7 @@ def get_config(arg=''):
   if arg.smoke:
     config.model = 'preset:tiny'
     few = apb(arg.hosts or 2)
-    config.methods = common.table({'dense': {}, 'apb': few})
+    config.methods = common.methods('', {'dense': {}, 'apb': few}, arg.alone)
     config.tasks = common.table({'niah_single_2': {}})
     config.lengths = (512,)
     config.samples = 1

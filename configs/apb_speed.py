@@ -4,10 +4,14 @@ python -m experiments.run --config=configs/apb_speed.py
 
 Llama 3 8B's shape, random weights. Arguments: `devices=4` (GPUs of this
 machine; 2 and 8 work, too), `length=N` (one length), `method=NAME` (one row, or
-several with + between them), `exchange` (only the rows that compare the two
+several with / between them), `exchange` (only the rows that compare the two
 exchanges of passing blocks), `few` (without what compares exchanges,
 compressors and layers), `smoke`. 128K, 256K and 512K tokens; anchor a quarter
 of a block, passing an eighth (at 512K 8K each).
+
+`devices=1,hosts=4` (or any number of hosts) has all hosts on one GPU, one after
+the other, and nothing to send: against dense there, by how much each form has
+less to compute. Of balanced forms a quarter of the time is each device's own.
 """
 
 from configs import common
@@ -17,12 +21,17 @@ KIB = 1024
 
 def get_config(arg=''):
   arg = common.parse_arg(
-    arg, devices=0, length=0, method='', exchange=False, few=False
+    arg, devices=0, hosts=0, length=0, method='', exchange=False, few=False
   )
   config = common.base('measure_prefill', "APB's prefill by part")
   config.preset = 'llama3_8b'
   config.devices = arg.devices or (1 if arg.smoke else 4)
-  hosts = config.devices
+  if arg.hosts and config.devices > 1:
+    raise ValueError(
+      f'config argument hosts={arg.hosts} is of one device: with '
+      f'devices={config.devices}, each is a host'
+    )
+  hosts = arg.hosts or config.devices
   plain = {'method': 'apb', 'hosts': hosts}
   once = plain | {'shared_anchor': True}
   # Two hosts a device, from both ends.
@@ -55,8 +64,15 @@ def get_config(arg=''):
     rows = exchanges
   elif not arg.few:
     rows |= more | exchanges
+  if arg.hosts:  # on one device exact methods are dense, and nothing is sent
+    exact = ('ring', 'ring contiguous', 'ulysses')
+    rows = {
+      name: fields
+      for name, fields in rows.items()
+      if name not in exact and 'forward' not in name
+    }
   if arg.method:
-    rows = {name: rows[name] for name in arg.method.split('+')}
+    rows = {name: rows[name] for name in arg.method.split('/')}
   config.methods = common.table(rows)
   config.lengths = tuple(KIB * n for n in (128, 256, 512))
   if arg.length:

@@ -82,18 +82,22 @@ def table(fields: dict[str, dict[str, Any]]) -> config_dict.ConfigDict:
 
 
 def methods(
-  chosen: str, fields: dict[str, dict[str, Any]]
+  chosen: str, fields: dict[str, dict[str, Any]], alone: bool = False
 ) -> config_dict.ConfigDict:
   """The table of methods of an `evaluate` config.
 
   Args:
-    chosen: '' for all of `fields`; a name keeps that method beside dense, with
-      its numbers from `fields` if they stand there. `prefill+cache+decode`
-      composes parts of three methods.
+    chosen: '' for all of `fields`; names with `/` between them keep those
+      methods beside dense, with their numbers from `fields` if they stand
+      there. `prefill+cache+decode` composes parts of three methods.
     fields: numbers of each method, by name; a number that several parts have
       stands under the part's name (`prefill`, `cache`, `decode`).
+    alone: without dense, whose rows another piece of the same table makes
+      (`experiments.quality_tables` joins them).
   """
-  names = ('dense', chosen) if chosen else fields
+  names = dict.fromkeys(['dense', *chosen.split('/')] if chosen else fields)
+  if alone:
+    names.pop('dense', None)
   return table({name: fields.get(name, {}) for name in names})
 
 
@@ -103,9 +107,9 @@ def tasks(
   """The table of tasks of an `evaluate` config.
 
   Args:
-    chosen: '' for all of `default`; 'ruler' for RULER's; else names with a '+'
+    chosen: '' for all of `default`; 'ruler' for RULER's; else names with `/`
       between them, with their fields from `default` if they stand there.
     default: fields of each task, by name.
   """
-  names = RULER if chosen == 'ruler' else tuple(filter(None, chosen.split('+')))
+  names = RULER if chosen == 'ruler' else tuple(filter(None, chosen.split('/')))
   return table({name: default.get(name, {}) for name in names or default})

@@ -4,7 +4,7 @@ python -m experiments.run --config=configs/lserve_2x2.py:profile=FILE
 
 FILE comes from configs/train_head_profile.py (default: what it writes under
 --workdir=runs/head_profile). Arguments: `budget=N`, `length=N`, `samples=N`,
-`task=NAME` (one, several with a + between them, or `ruler` for all of it),
+`task=NAME` (one, several with `/` between them, or `ruler` for all of it),
 `protocol=whole|context_first`, `method=NAME` (one row beside dense), `smoke`.
 Times of the same four stand in configs/lserve_speed.py.
 """

@@ -5,7 +5,7 @@ python -m experiments.run --config=configs/lserve_budget.py
 Arguments: `profile=FILE` (of configs/train_head_profile.py; without one no head
 streams, and all rows share dense's prefills), `vary=budget|reuse|page|cache|
 scorer` (one column of the table), `method=NAME` (one row beside dense),
-`task=NAME` (one, several with a + between them, or `ruler` for all of it),
+`task=NAME` (one, several with `/` between them, or `ruler` for all of it),
 `samples=N`, `smoke`. The default model is small; --config.model and
 --config.lengths take any other. `needle` takes the bundled model at 4K, budgets
 of a quarter and tasks that it can do: minutes on a CPU.

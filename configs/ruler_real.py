@@ -6,11 +6,16 @@ python -m experiments.run --config=configs/ruler_real.py:length=4096 \
 Give one workdir to all pieces: rows that are there are not made again, and each
 piece reports its own. Arguments: `model=qwen` (Qwen2.5-Coder-0.5B-Instruct, 4K
 to 32K) or `model=smollm` (SmolLM2-135M-Instruct, 2K to 8K, and 16K beyond what
-it was trained for); `length=`, `method=` (beside dense), `task=`, `protocol=`
-(whole or context_first) narrow a piece; `few` keeps the methods that are
-named in _METHODS; `samples=100` for cells that carry a claim; `smoke`. The
-weights are files of `.cache/models`, or `--config.model=PATH`; every row
+it was trained for); `length=`, `method=` (beside dense; several with `/`
+between them), `task=` (likewise), `protocol=` (whole or context_first) narrow a
+piece; `alone` leaves dense out, for pieces that run side by side in workdirs of
+their own and that `experiments.quality_tables` joins; `few` keeps the methods
+that are named in _METHODS; `samples=100` for cells that carry a claim; `smoke`.
+The weights are files of `.cache/models`, or `--config.model=PATH`; every row
 carries their SHA-256.
+
+On one device `ring` in all layouts and `ulysses` are dense itself (a test says
+so): name the other methods, and their rows are dense's.
 """
 
 from configs import common
@@ -51,6 +56,7 @@ def get_config(arg=''):
     protocol='',
     samples=20,
     few=False,
+    alone=False,
   )
   if arg.model not in _MODELS:
     raise ValueError(
@@ -60,7 +66,7 @@ def get_config(arg=''):
   config = common.base('evaluate', f'RULER on {arg.model}')
   config.model = model
   config.dtype = 'auto'
-  config.methods = common.methods(arg.method, _METHODS)
+  config.methods = common.methods(arg.method, _METHODS, arg.alone)
   if arg.few and not arg.method:
     del config.methods['*']
   config.tasks = common.tasks(arg.task or 'ruler', {})
@@ -78,8 +84,8 @@ def get_config(arg=''):
   config.transfer_guard = 'allow'
   if arg.smoke:
     config.model = 'preset:tiny'
-    config.methods = common.methods(arg.method or 'quest', _METHODS)
-    config.methods.quest = {'decode': {'budget': 384}}
+    small = _METHODS | {'quest': {'decode': {'budget': 384}}}
+    config.methods = common.methods(arg.method or 'quest', small, arg.alone)
     config.tasks = common.table({'niah_single_2': {}})
     config.lengths = (512,)
     config.samples = 1

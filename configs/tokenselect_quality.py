@@ -4,7 +4,7 @@ python -m experiments.run --config=configs/tokenselect_quality.py
 
 Arguments: `vary=k|chunk|local|tail|threshold|vote|scoring` (one column of the
 table), `method=NAME` (one row of it beside dense and tokenselect), `task=NAME`
-(one, several with a + between them, or `ruler` for all of it), `length=N`,
+(one, several with `/` between them, or `ruler` for all of it), `length=N`,
 `samples=N`, `k=N` (of all rows: at 8K the paper's 2048 is no sparse prefill),
 `tail=N` (all rows read the last N tokens of a prompt densely), `heads=14/2`
 (query and kv heads of --config.model, for the release's head mapping), `smoke`.

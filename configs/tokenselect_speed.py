@@ -48,7 +48,7 @@ def get_config(arg=''):
   found = rows(arg.op, max(config.lengths))
   if arg.method:
     named = {name.replace(',', ''): name for name in found}
-    chosen = arg.method.split('+')
+    chosen = arg.method.split('/')
     if unknown := set(chosen) - set(named):
       raise ValueError(
         f'config argument method: {", ".join(unknown)} is none of '

@@ -17,9 +17,11 @@ import json
 import lzma
 import pathlib
 import re
+import shlex
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -56,6 +58,10 @@ Speeds = dict[tuple[str, int, str], float]
 _SPEED = re.compile(r'(\w+) (1/\d+) of (\d+)K, density [\d.]+')
 _CROSSED = re.compile(r'(vertical_slash)_128_256( )of (\d+)K, .*, keys of \S+')
 _SHARES = ('1/8', '1/16')
+# Arguments of a config that cut a piece out of its table.
+_PIECES = ('method', 'task', 'protocol', 'part', 'heads', 'alone')
+_HOW = ('--config.batch=', '--config.shared_gib=')
+_ALONE = re.compile(r'[:,]alone\b')
 _OWN = 'own'  # what its numbers list, or keep for decode
 _SELECTORS = {
   'XAttentionPrefill': 'xattention',
@@ -84,6 +90,8 @@ their time limit.
 - density: keys attended over those of dense: the smaller of prefill's and
   decode's. "!": some of the rows attended more than half; above 0.5 a row is no
   sparse one.
+- a column a task: its score; "*": the 95% interval of that task's difference to
+  dense leaves out 0. Such a table was made in pieces, by several commands.
 - captured mass: softmax mass of the keys that prefill attended, of all that it
   could have, over sampled queries; '-' where it was not traced.
 """
@@ -182,7 +190,7 @@ def markdown(rows: Sequence[Row], times: Speeds) -> str:
   """quality_h200.md: a table a run, and the trade of the selectors."""
   text = [
     _HEAD.format(rows=ROWS.name, n=f'{len(rows):,}', facts=_facts(rows)),
-    *(_run(members) for members in runs(rows).values()),
+    *map(_run, tables(rows)),
     _TRADE.format(shares=' and '.join(_SHARES)),
     _table(
       'model|length|protocol|task|method|density|captured mass|'
@@ -201,6 +209,38 @@ def runs(rows: Iterable[Row]) -> dict[str, list[Row]]:
   for row in rows:
     found.setdefault(row['command'], []).append(row)
   return found
+
+
+def tables(rows: Iterable[Row]) -> list[list[Row]]:
+  """A run each; pieces `alone` with all others that their table is cut into.
+
+  Those are of the same config, revision and other arguments, in any batch. What
+  several pieces answered (dense, say) counts once.
+  """
+  pieces = runs(rows)
+  wholes = {c: (*_whole(c), members[0]['git']) for c, members in pieces.items()}
+  cut = {wholes[command] for command in pieces if _ALONE.search(command)}
+  found: dict[Any, dict[Any, Row]] = {}
+  for command, members in pieces.items():
+    joined = wholes[command] in cut
+    table = found.setdefault(wholes[command] if joined else command, {})
+    for row in members:
+      place = (*_place(row), row['sample'], row['question'])
+      table.setdefault(place if joined else row['key'], row)
+  return [list(table.values()) for table in found.values()]
+
+
+def _whole(command: str) -> list[str]:
+  """The words of the command of which this one makes a piece."""
+  kept = []
+  for word in shlex.split(command):
+    if word.startswith('--config='):
+      file, _, argument = word.partition(':')
+      names = [x for x in argument.split(',') if x.split('=')[0] not in _PIECES]
+      word = f'{file}:{",".join(names)}'
+    if not word.startswith(_HOW):
+      kept.append(word)
+  return kept
 
 
 def trades(rows: Sequence[Row]) -> list[tuple[Line, list[Row]]]:
@@ -262,6 +302,13 @@ def _run(rows: Sequence[Row]) -> str:
   heading = f'## {name}: {rows[0]["model"]}, {lengths} tokens'
   lines = comparison.compare(rows)
   total = comparison.overall(rows)
+  commands = list(runs(rows))
+  if len(commands) > 1:
+    return '\n'.join(
+      [heading, '', *(f'- `{command}`' for command in commands), '']
+      + [f'{gap}\n' for gap in [_gaps(lines)] if gap]
+      + [_matrix(lines, total), '']
+    )
   body = []
   for protocol in dict.fromkeys(line.protocol for line in lines):
     mine = [x for x in lines if x.protocol == protocol]
@@ -290,6 +337,32 @@ def _run(rows: Sequence[Row]) -> str:
     + [f'{gap}\n' for gap in [_gaps(lines)] if gap]
     + [_table(head, cells), '']
   )
+
+
+def _matrix(lines: Sequence[Line], total: Sequence[Line]) -> str:
+  """A line a protocol and method, a column a task."""
+  tasks = list(dict.fromkeys(line.task for line in lines))
+  own = {(x.protocol, x.method, x.task): x for x in lines}
+  cells = []
+  for line in sorted(total, key=lambda x: x.protocol != 'whole'):
+    mine = [own.get((line.protocol, line.method, task)) for task in tasks]
+    cells.append(
+      [line.protocol.replace('_', ' '), labelled(line), f'{line.n}']
+      + [_score(x) for x in mine]
+      + [number(line.score, 2), *difference(line), number(line.density, 3)]
+    )
+  columns = ['protocol', 'method', 'n', *tasks, 'mean', 'vs dense']
+  return markdown_table(
+    [[*columns, '95% interval', 'won/lost', 'density'], *cells]
+  )
+
+
+def _score(line: Line | None) -> str:
+  """With a star where the difference to dense is beyond its 95% interval."""
+  if line is None or line.score is None:
+    return '-'
+  d = line.difference
+  return f'{line.score:.2f}' + ('*' if d and d.low * d.high > 0 else '')
 
 
 def _gaps(lines: Sequence[Line]) -> str:

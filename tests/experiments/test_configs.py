@@ -217,7 +217,7 @@ def test_bad_arguments(arg):
     ('lserve_speed', 'reuse', 'methods', 'dense,reuse=4,reuse=2,reuse=64'),
     ('lserve_speed', 'bits=8,method=lserve', 'methods', 'dense@8,lserve@8'),
     ('lserve_speed', 'smoke,bits=4,reuse', 'methods', 'dense@4,reuse=4@4'),
-    ('lserve_budget', 'task=vt+cwe,vary=scorer', 'tasks', 'vt,cwe'),
+    ('lserve_budget', 'task=vt/cwe,vary=scorer', 'tasks', 'vt,cwe'),
     ('lserve_2x2', 'task=ruler', 'tasks', ','.join(common.RULER)),
     ('lserve_2x2', '', 'methods', 'dense,static,dynamic,both'),
     ('tokenselect_speed', 'method=miss best pages', 'methods', 'dense,miss@'),
@@ -252,3 +252,38 @@ def test_a_k_and_a_tail_are_of_all_rows_of_tokenselect():
 def test_rows_that_tokenselect_has_not_are_refused(name, arg):
   with pytest.raises(ValueError, match='is (not one|none) of'):
     load(ROOT / 'configs' / f'tokenselect_{name}.py', arg)
+
+
+def test_virtual_hosts_are_timed_on_one_device_alone():
+  def get(arg):
+    return load(ROOT / 'configs' / 'apb_speed.py', arg)
+
+  found = get('devices=1,hosts=4')
+  assert found['devices'] == 1 and found['methods']['apb']['hosts'] == 4
+  assert found['methods']['apb balanced']['hosts'] == 8
+  assert not {'ring', 'ulysses', 'apb forward'} & set(found['methods'])
+  with pytest.raises(ValueError, match='hosts=4 is of one device'):
+    get('hosts=4')
+
+
+def test_a_piece_of_a_table_has_the_methods_it_names():
+  def names(config, arg):
+    return list(load(ROOT / 'configs' / f'{config}.py', arg)['methods'])
+
+  assert names('ruler_real', 'method=quest/snapkv') == [
+    'dense',
+    'quest',
+    'snapkv',
+  ]
+  assert names('ruler_real', 'method=quest,alone') == ['quest']
+  assert names('ruler_real', 'few,alone')[0] == 'streaming'
+  assert names('apb_quality', 'part=ablation,method=gap/no anchor,alone') == [
+    'gap',
+    'no anchor',
+  ]
+  both = names('apb_quality', 'part=hosts/ablation,method=star 8/nothing')
+  assert both == ['dense', 'star 8', 'nothing']
+  with pytest.raises(ValueError, match="part='all': one of tasks, hosts"):
+    names('apb_quality', 'part=tasks/all')
+  with pytest.raises(ValueError, match="method='quest': part=tasks has star"):
+    names('apb_quality', 'method=quest')

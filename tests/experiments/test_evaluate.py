@@ -15,6 +15,7 @@ import pytest
 from absl.testing import flagsaver
 
 from experiments import (
+  answers,
   environment,
   errors,
   evaluate,
@@ -175,6 +176,38 @@ def test_batches_of_a_restart_are_those_of_the_run(tmp_path):
   assert sorted(r['key'] for r in rows_of(tmp_path)) == sorted(
     json.loads(line)['key'] for line in lines
   )
+
+
+def test_prompts_are_written_once_and_a_batch_ahead():
+  written = []
+
+  class Recorded:
+    def sample(self, *args, **kwargs):
+      written.append(args[3])
+      return task.sample(*args, **kwargs)
+
+  task = evaluate.task('niah_single_2', {}, 16)
+  setting = answers.Setting(4, 0, 2, 0, None, 'allow')
+  order = [('t', 600, range(i, i + 2)) for i in (0, 2, 0)]
+  tokenizer = models._bytes_tokenizer()
+  batches = answers._drawn(order, {'t': Recorded()}, tokenizer, setting)
+  first = next(batches)
+  end = time.monotonic() + 10
+  while len(written) < 4 and time.monotonic() < end:
+    time.sleep(0.01)
+  assert sorted(written) == [0, 1, 2, 3]  # the second batch, too
+  second, again = batches
+  assert len(written) == 4 and again == first != second
+  (sample, prompt), _ = second
+  assert sample.index == 2
+  assert tokenizer.decode(prompt.whole(0)) == sample.prompt(0)
+
+
+def test_a_run_without_dense_is_a_piece_of_a_table(tmp_path, capsys):
+  quest = {'quest': {'decode': {'budget': 256}}}
+  evaluate.run(config(methods=quest, lengths=(600,)), tmp_path)
+  assert {row['method'] for row in rows_of(tmp_path)} == {'quest'}
+  assert 'quest' in capsys.readouterr().out
 
 
 def test_the_code_of_one_method_is_its_own(monkeypatch):

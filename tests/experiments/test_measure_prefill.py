@@ -34,6 +34,10 @@ def test_a_layer_over_two_devices(label, tmp_path, capsys):
   assert not rows['projections']['bytes'] and not rows['feed_forward']['bytes']
   table = (tmp_path / 'report.md').read_text()
   assert table in capsys.readouterr().out and f'| 512 | {label} |' in table
+  # A tenth of the bandwidth: what is sent takes ten times as long.
+  (line,) = (x for x in table.splitlines() if f'| {label} |' in x)
+  slow = layer['ms'] + 9 * apart['ms']
+  assert line.split(' | ')[-1] == f'{slow:.2f} |'
   # A crossover can come of it: several devices against one.
   ((identity, ((length, ratio, _),)),) = fit_policy.groups([layer]).items()
   assert identity[:2] == ('prefill', label) and identity[2].startswith('2 x ')

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments import comparison, quality_tables
+from experiments import comparison, quality_plots, quality_tables
 
 
 @pytest.fixture(scope='module')
@@ -33,7 +33,8 @@ def test_rows_of_a_shared_gpu_hold_no_times(rows):
   for members in quality_tables.runs(rows).values():
     keys = {row['key'] for row in members}
     assert len(keys) == len(members)
-    assert 'dense' in {row['method'] for row in members}
+  for table in quality_tables.tables(rows):
+    assert 'dense' in {row['method'] for row in table}
 
 
 def test_selectors_are_timed_under_their_own_names(rows, times):
@@ -111,6 +112,70 @@ def test_a_run_takes_the_place_of_what_its_command_gave(tmp_path):
   dense = comparison.scores(m for m in members if m['method'] == 'dense')
   difference = comparison.paired(scores, dense)
   assert difference and (difference.mean, difference.pairs) == (-1, 1)
+
+
+def piece(command, methods, git='1', tasks=('a', 'b', 'c')):
+  """Rows as a piece of a table gives them."""
+  return [
+    {
+      'key': f'{command} {method} {task} {sample}',
+      'command': command,
+      'git': git,
+      'model': 'm',
+      'protocol': 'whole',
+      'task': task,
+      'length': 64,
+      'method': method,
+      'sample': sample,
+      'question': 0,
+      'score': score,
+      'density': 0.25,
+      'degenerate': False,
+      'keys_attended': 1.0,
+      'kv_bytes': 1,
+      'host_bytes': 0,
+      'new_tokens': 1,
+      **dict.fromkeys(quality_tables.TIMES),
+    }
+    for method, score in methods.items()
+    for task in tasks
+    for sample in range(2)
+  ]
+
+
+def test_pieces_without_dense_are_joined_with_the_piece_that_has_it():
+  run = 'python -m experiments.run --config=configs/ruler_real.py:length=64'
+  first = piece(f'{run},method=x --config.batch=2', {'dense': 1, 'x': 1})
+  second = piece(f'{run},method=y/z,alone --config.batch=4', {'y': 0, 'z': 1})
+  other = piece(f'{run},few', {'dense': 1})
+  older = piece(f'{run},method=y', {'dense': 1, 'y': 1}, git='0')
+  again = piece(f'{run},method=v', {'dense': 0, 'v': 1})
+  found = quality_tables.tables([*first, *second, *other, *older, *again])
+  assert [len(table) for table in found] == [30, 6, 12]
+  joined = found[0]
+  assert {row['method'] for row in joined} == {'dense', *'vxyz'}
+  # Dense counts once, as the first piece has it.
+  assert all(r['score'] for r in joined if r['method'] == 'dense')
+  said = quality_tables._run(joined)
+  assert f'- `{run},method=y/z,alone --config.batch=4`' in said
+  lines = {line.split('|')[2].strip(): line for line in said.splitlines()[7:]}
+  assert '| 0.00* | 0.00* | 0.00* | 0.00 | -1.00 |' in lines['y']
+  assert '| 1.00 | 1.00 | 1.00 | 1.00 | +0.00 |' in lines['z']
+
+
+def test_differences_to_dense_are_drawn(tmp_path):
+  source = quality_tables.RESULTS / 'apb_quality_cpu.jsonl'
+  out = tmp_path / 'out.png'
+  quality_plots.main([str(source), str(out)])
+  drawn = (quality_tables.RESULTS / 'apb_quality_cpu.png').read_bytes()
+  # Width and height are those of the committed one: as many methods.
+  assert out.read_bytes()[:24] == drawn[:24]
+  lines = comparison.compare(quality_tables.read(source))
+  worst = quality_plots._worst(lines)
+  where = 'SmolLM2-135M-Instruct.Q4_1', 2048, 'whole'
+  assert worst[*where, 'no anchor random'] == -1
+  with pytest.raises(ValueError, match='no row has a partner in dense'):
+    quality_plots.main([str(source), str(out), 'ruler_real'])
 
 
 def test_what_is_no_run_is_refused(tmp_path):

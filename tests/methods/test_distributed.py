@@ -144,6 +144,16 @@ def test_exact_methods_agree(name):
   chex.assert_trees_all_close(got, dense(), rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize(
+  'name', ['ring', 'ring_contiguous', 'ring_striped', 'ulysses']
+)
+def test_on_one_device_exact_methods_are_dense(name):
+  """So that an evaluation there says nothing of them that dense does not."""
+  one, plain = methods.get_method(name), methods.get_method('dense')
+  assert one.prefill.on(1) == plain.prefill
+  assert (one.cache, one.decode) == (plain.cache, plain.decode)
+
+
 # APB's invariants, section 12 of the facts.
 
 

@@ -1,0 +1,101 @@
+"""Plots of committed quality rows: how far each method is from dense.
+
+python -m experiments.quality_plots ROWS.jsonl[.xz] OUT.png [CONFIG]
+
+A panel a model, length and protocol, a line a method: the mean difference to
+dense over all tasks, its 95% interval, and the task that lost most. CONFIG
+keeps the rows whose command names configs/CONFIG.py.
+"""
+
+import io
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from experiments import comparison, quality_tables
+from experiments.comparison import BASELINE, Line
+from experiments.plots import tidy
+from experiments.results import Row, write_file
+
+
+@matplotlib.rc_context({'font.size': 8, 'axes.grid': True, 'grid.alpha': 0.25})
+def draw(rows: Sequence[Row]) -> bytes:
+  """A PNG file of the rows' methods beside dense.
+
+  Args:
+    rows: of one table; a method without a partner in dense is left out.
+
+  Raises:
+    ValueError: no method has a partner in dense.
+  """
+  panels: dict[tuple, list[Line]] = {}
+  for line in comparison.by_length(rows):
+    if line.difference:
+      where = line.model, line.length, line.protocol
+      panels.setdefault(where, []).append(line)
+  if not panels:
+    raise ValueError('no row has a partner in dense: nothing to draw')
+  worst = _worst(comparison.compare(rows))
+  heights = [len(lines) + 2.0 for lines in panels.values()]
+  figure = Figure(figsize=(7.0, 0.19 * sum(heights)), layout='constrained')
+  axes = figure.subplots(
+    len(panels), squeeze=False, sharex=True, height_ratios=heights
+  )
+  for ax, (where, lines) in zip(axes[:, 0], panels.items()):
+    for y, line in enumerate(lines):
+      d = line.difference
+      assert d is not None
+      ax.hlines(y, d.low, d.high, color='C0', alpha=0.6)
+      ax.plot(
+        d.mean, y, 'o', color='C0', mfc='white' if line.degenerate else 'C0'
+      )
+      ax.plot(worst[*where, line.method], y, 'x', color='C3')
+    ax.axvline(0, color='0.15', linestyle='--')
+    ax.set_yticks(range(len(lines)), [line.method for line in lines])
+    ax.invert_yaxis()
+    model, length, protocol = where
+    ax.set_title(
+      f'{model}, {tidy(length, None)}, {protocol.replace("_", " ")}, '
+      f'n = {max(line.n for line in lines)}'
+    )
+  axes[-1, 0].set_xlabel(
+    'score less that of dense: mean over tasks with its 95% interval (hollow: '
+    'more than half of the keys);\nx: the task that lost most'
+  )
+  buffer = io.BytesIO()
+  # No software version or date inside: equal rows give equal files.
+  figure.savefig(buffer, format='png', dpi=110, metadata={'Software': None})
+  return buffer.getvalue()
+
+
+def _worst(lines: Sequence[Line]) -> dict[tuple, float]:
+  """(model, length, protocol, method): its tasks' smallest difference."""
+  found: dict[tuple, float] = {}
+  for line in lines:
+    if line.difference and line.method != BASELINE:
+      key = line.model, line.length, line.protocol, line.method
+      mean = line.difference.mean
+      found[key] = min(found.get(key, mean), mean)
+  return found
+
+
+def main(argv: Sequence[str]) -> None:
+  """Draws a file's rows."""
+  if len(argv) not in (2, 3):
+    raise ValueError('give ROWS.jsonl and OUT.png, and perhaps a config')
+  source, out, *config = argv
+  rows = quality_tables.read(pathlib.Path(source))
+  if config:
+    named = f'configs/{config[0]}.py'
+    rows = [row for row in rows if named in row.get('command', '')]
+  write_file(out, draw(rows))
+
+
+if __name__ == '__main__':
+  try:
+    main(sys.argv[1:])
+  except (OSError, ValueError, KeyError) as error:
+    sys.exit(f'error: {error}')
