@@ -51,6 +51,26 @@ def test_any_intervals(seed, tile):
   oracle.assert_close(got, want, 'float32')
 
 
+@pytest.mark.long
+@hypothesis.settings(max_examples=8)
+@hypothesis.given(
+  t=st.integers(1, 60),
+  s=st.integers(1, 90),
+  kv=st.integers(1, 2),
+  group=st.integers(1, 3),
+  seed=st.integers(0, 99),
+)
+def test_shapes(t, s, kv, group, seed):
+  rng = np.random.default_rng(seed)
+  q = cases.floats(rng, (1, t, kv * group, 16), jnp.float32)
+  k, v = (cases.floats(rng, (1, kv, s, 16), jnp.float32) for _ in range(2))
+  start = np.sort(rng.integers(0, s, (1, t))).astype(np.int32)
+  stop = np.sort(rng.integers(0, s + 1, (1, t))).astype(np.int32)
+  got = TILED[32](q, k, v, start, stop)
+  want = oracle.passing_block(q, k, v, start, stop)
+  oracle.assert_close(got, want, 'float32')
+
+
 @pytest.mark.parametrize(
   ('name', 'change', 'message'),
   [
