@@ -3,7 +3,7 @@
 python -m experiments.run --config=configs/tokenselect_speed.py
 
 Arguments: `op=hit|miss|prefill|answer` (one of the four; without it `miss`),
-`length=N` (one length), `method=NAME` (one row beside dense, several with a +
+`length=N` (one length), `method=NAME` (one row beside dense, several with a /
 between them, their names without commas), `smoke`.
 
   hit      decode attention of one layer while queries stay alike: the

@@ -106,25 +106,42 @@ def listed_pairs(tokens: int, share: int) -> int:
   return HEADS * int((count - 1).sum() * BLOCK**2 + diagonal)
 
 
-def share_of_blocks(tokens: int, share: int, seed: int = 0):
+def _drawn_blocks(tokens: int, share: int, heads: int, seed: int = 0):
+  """Ids [heads, tiles, width] in order, zeros after; counts [tiles]."""
+  rng = np.random.default_rng(seed)
+  count = _listed_a_tile(tokens, share)
+  tiles = len(count)
+  ids = np.zeros((heads, tiles, count.max()), np.int32)
+  for i in range(tiles):
+    others = rng.random((heads, max(i, 1)), np.float32)
+    chosen = np.argsort(others, axis=1)[:, : count[i] - 1]
+    ids[:, i, : count[i] - 1] = np.sort(chosen, axis=1)
+    ids[:, i, count[i] - 1] = i
+  return ids, count
+
+
+def share_of_blocks(tokens: int, share: int):
   """Lists of ceil((i + 1) / share) random blocks for tile i, its own included.
 
   Returns:
     BlockList; every head has its own lists.
   """
-  rng = np.random.default_rng(seed)
-  count = _listed_a_tile(tokens, share)
-  tiles = len(count)
-  ids = np.zeros((1, HEADS, tiles, count.max()), np.int32)
-  for i in range(tiles):
-    others = rng.random((HEADS, max(i, 1)), np.float32)
-    chosen = np.argsort(others, axis=1)[:, : count[i] - 1]
-    ids[0, :, i, : count[i] - 1] = np.sort(chosen, axis=1)
-    ids[0, :, i, count[i] - 1] = i
+  ids, count = _drawn_blocks(tokens, share, HEADS)
   count = jnp.asarray(count, jnp.int32)
   return block_sparse.listed(
-    jnp.asarray(ids), jnp.broadcast_to(count, (1, HEADS, tiles))
+    jnp.asarray(ids[None]), jnp.broadcast_to(count, (1, *ids.shape[:2]))
   )
+
+
+def mask_of_blocks(tokens: int, share: int) -> np.ndarray:
+  """As many blocks a tile, but lists by kv head: bool [K, tiles, tiles]."""
+  ids, count = _drawn_blocks(tokens, share, KV_HEADS)
+  tiles = len(count)
+  mask = np.zeros((KV_HEADS, tiles, tiles), bool)
+  listed = np.arange(ids.shape[2]) < count[:, None]
+  head, tile, at = np.nonzero(np.broadcast_to(listed, ids.shape))
+  mask[head, tile, ids[head, tile, at]] = True
+  return mask
 
 
 def _dense_peers(q, k, v) -> dict[str, Callable[[], Call]]:
@@ -141,18 +158,21 @@ def _dense_peers(q, k, v) -> dict[str, Callable[[], Call]]:
     return Call(run, [(q, *swapped)])
 
   def mosaic():
-    import tokamax
-
     swapped = k.swapaxes(1, 2) + 0, v.swapaxes(1, 2) + 0
-
-    def run(q, k, v):
-      return tokamax.dot_product_attention(
-        q, k, v, is_causal=True, implementation='mosaic'
-      )
-
-    return Call(run, [(q, *swapped)])
+    return Call(_tokamax(is_causal=True), [(q, *swapped)])
 
   return {'cudnn': cudnn, 'tokamax mosaic': mosaic}
+
+
+def _tokamax(is_causal: bool) -> Callable:
+  import tokamax
+
+  def run(q, k, v):
+    return tokamax.dot_product_attention(
+      q, k, v, is_causal=is_causal, implementation='mosaic'
+    )
+
+  return run
 
 
 def _ours(implementation, sizes=None):
@@ -190,10 +210,13 @@ def prompts(
       def listed(share=share, run=run, inputs=(q, k, v), tokens=tokens):
         return Call(run, [(*inputs, share_of_blocks(tokens, share))])
 
-      calls = {'ours': listed}
+      calls, timed = {'ours': listed}, {}
+      if peers:
+        mask = functools.partial(mask_of_blocks, tokens, share)
+        timed = torch_peers.blocks(mask, BLOCK, HEADS, HEAD_DIM)
       work = 4 * HEAD_DIM * listed_pairs(tokens, share)
       case = f'1/{share} of {_label(tokens)}'
-      yield Case('block_sparse', case, work, 'TFLOP/s', calls)
+      yield Case('block_sparse', case, work, 'TFLOP/s', calls, timed)
 
 
 def mixtures(tokens, sink=128, local=8192, implementation=None):
@@ -365,6 +388,10 @@ def _decode_peers(pages, tokens, calls) -> dict[str, Callable[[], Call]]:
 
     return Call(run, q, (k.swapaxes(1, 2) + 0, v.swapaxes(1, 2) + 0))
 
+  def mosaic():
+    swapped = k.swapaxes(1, 2) + 0, v.swapaxes(1, 2) + 0
+    return Call(_tokamax(is_causal=False), q, swapped)
+
   def einsum():
     def run(q, k, v):
       x = q.reshape(1, KV_HEADS, -1, HEAD_DIM)
@@ -386,7 +413,12 @@ def _decode_peers(pages, tokens, calls) -> dict[str, Callable[[], Call]]:
 
     return Call(run, q, (k.swapaxes(1, 2) + 0, v.swapaxes(1, 2) + 0))
 
-  return {'cudnn': cudnn, 'xla einsum': einsum, 'pallas shipped': shipped}
+  return {
+    'cudnn': cudnn,
+    'tokamax mosaic': mosaic,
+    'xla einsum': einsum,
+    'pallas shipped': shipped,
+  }
 
 
 def selections(
@@ -462,7 +494,9 @@ def selections(
   )
 
 
-def batches(batch=16, tokens=32 * KIB, implementation=None) -> Iterator[Case]:
+def batches(
+  batch=16, tokens=32 * KIB, implementation=None, peers=True
+) -> Iterator[Case]:
   """selected_token: a batch of sequences that share no page."""
   page = 64
   count = tokens // page
@@ -477,12 +511,16 @@ def batches(batch=16, tokens=32 * KIB, implementation=None) -> Iterator[Case]:
     )
     return _decode_call(pages, [ids], [starts], tokens - 1, 4, implementation)
 
+  timed = {}
+  if peers:
+    timed = torch_peers.decode(tokens, HEADS, KV_HEADS, HEAD_DIM, batch)
   yield Case(
     'selected_token',
     f'batch {batch} at {_label(tokens)}',
     batch * KV_HEADS * tokens * _token_bytes(16),
     'GB/s',
     {'ours': call},
+    timed,
   )
 
 

@@ -107,7 +107,9 @@ def cases(config: Config):
     if config.select:
       yield from bench.selections(config.select, implementation=ours)
     if config.batch:
-      yield from bench.batches(config.batch, implementation=ours)
+      yield from bench.batches(
+        config.batch, implementation=ours, peers=config.peers
+      )
   if 'scores' in config.ops and config.select:
     yield from bench.scores(config.select)
 
@@ -122,7 +124,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     rows = []
     for name in (*case.calls, *case.timed):
       try:
-        time = _timed(case, name, config.repeats)
+        time, plan_ms = _timed(case, name, config.repeats)
       # Peers fail in ways of their own; the others are still measured.
       except Exception as e:
         logging.warning(
@@ -133,7 +135,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
         continue
       finally:
         gc.collect()
-      rows.append(row_of(case, name, time, ceilings))
+      rows.append(row_of(case, name, time, ceilings, plan_ms))
     _compare(rows)
     if rows and case.op in ('matmul', 'copy'):
       ceilings[case.unit] = rows[0]['rate']
@@ -154,16 +156,25 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     raise Failure(f'{len(failed)} measurements failed; the first: {first}')
 
 
-def _timed(case, name: str, repeats: int) -> timing.Timing:
+def _timed(case, name: str, repeats: int) -> tuple[timing.Timing, float | None]:
+  """The time of a call, and of its plan where that is apart."""
   if name in case.timed:
-    return timing.Timing(case.timed[name](repeats), compile_s=0.0)
+    times = case.timed[name](repeats)
+    return timing.Timing(times.repeats_ms, compile_s=0.0), times.plan_ms
   call = case.calls[name]()
-  return timing.measure(
+  time = timing.measure(
     call.function, call.inputs, shared=call.shared, repeats=repeats
   )
+  return time, None
 
 
-def row_of(case, name: str, time, ceilings: dict[str, float]) -> dict[str, Any]:
+def row_of(
+  case,
+  name: str,
+  time,
+  ceilings: dict[str, float],
+  plan_ms: float | None = None,
+) -> dict[str, Any]:
   """The row of one implementation, peers not yet compared."""
   per_second = {'TFLOP/s': 1e9, 'GB/s': 1e6}[case.unit]
   identity = {
@@ -179,6 +190,7 @@ def row_of(case, name: str, time, ceilings: dict[str, float]) -> dict[str, Any]:
     'ms': time.ms,
     'repeats_ms': list(time.repeats_ms),
     'kernel_ms': list(time.kernel_ms),
+    **({} if plan_ms is None else {'plan_ms': plan_ms}),
     'rate': case.work / time.ms / per_second,
     'unit': case.unit,
     'ceiling': ceilings.get(case.unit),
@@ -208,8 +220,9 @@ def line(row: dict[str, Any]) -> str:
   """A row as a line of the table."""
   share = f'{row["rate"] / row["ceiling"]:6.1%}' if row['ceiling'] else ''
   ratio = f'{row["ratio"]:.2f} x {row["peer"]}' if row['ratio'] else ''
+  plan = f'plan {row["plan_ms"]:.2f} ms apart' if 'plan_ms' in row else ''
   return (
     f'{row["op"]:15} {row["case"]:28} {row["implementation"]:16} '
     f'{row["ms"] * 1e3:10.1f} us {row["rate"]:8.1f} {row["unit"]:7} '
-    f'{share:7} {ratio}'
+    f'{share:7} {ratio}{plan}'
   ).rstrip()

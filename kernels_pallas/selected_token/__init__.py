@@ -109,6 +109,7 @@ def attend_pages(
   checkify.debug_check(
     jnp.all(ids < pages.k.shape[0]), 'ids must be below the pool size'
   )
+  checkify.debug_check(_each_once(ids), 'ids must name a page once')
   return _run(
     'attend_pages',
     implementation,
@@ -156,12 +157,24 @@ def attend_contiguous(
     Partial(out [B T N H], lse [B T N] float32).
 
   Raises:
-    ValueError: an argument does not fit; the message names it.
+    ValueError: an argument does not fit; the message names it. Values are
+      checked under `jax.experimental.checkify.checkify` only.
     NotImplementedError: on differentiation.
   """
+  b, p = q.shape[0], pages.k.shape[0]
+  if starts.ndim != 2 or starts.shape[0] != b or p % max(1, starts.size):
+    raise ValueError(
+      f'{starts.shape=} must be [B W] with B = {b} and B W dividing {p} pages'
+    )
+  if used.shape != (b,) or used.dtype != jnp.int32:
+    raise ValueError(f'used must be int32 [{b}], is {used.dtype}{used.shape}')
   ids, listed = row_lists(pages, starts, used)  # as shapes alone
   kwargs = _prepare(
     q, pages, ids, 'starts', listed, q_positions, sink, window, scale
+  )
+  checkify.debug_check(
+    jnp.all((used >= 0) & (used <= starts.shape[1] * pages.page)),
+    'used must be within 0 and the capacity',
   )
   return _run(
     'attend_contiguous',
@@ -217,6 +230,7 @@ def attend_tokens(
     jnp.all(rows < pages.k.shape[0] * pages.page),
     'rows must be below the tokens of the pool',
   )
+  checkify.debug_check(_each_once(rows), 'rows must name a token once')
   return _run(
     'attend_tokens',
     implementation,
@@ -227,6 +241,12 @@ def attend_tokens(
     **kwargs,
     block_sizes=block_sizes,
   )
+
+
+def _each_once(ids: Int32[Array, 'B K W']) -> Array:
+  """Whether no list names anything twice; what is below 0 is skipped."""
+  ids = jnp.sort(ids, axis=-1)
+  return jnp.all((ids[..., 1:] > ids[..., :-1]) | (ids[..., 1:] < 0))
 
 
 def _run(

@@ -73,7 +73,7 @@ def refuse(function: str, q, pages: Pages, *_, **__) -> str | None:
   sizes = (16, 32, 64, 128, 256)
   if pages.bits < 16:
     sizes = sizes[1:]  # 16 scales are 64 bytes: TMA aligns to 128
-  if function == 'attend_pages' and pages.page not in sizes:
+  if function != 'attend_tokens' and pages.page not in sizes:
     return f'{pages.page=} is not one of {sizes}'
   return None
 
@@ -135,7 +135,7 @@ def attend_contiguous(
   Raises:
     NotImplementedError: with the reason, where the kernel does not apply.
   """
-  if reason := refuse('attend_pages', q, pages):
+  if reason := refuse('attend_contiguous', q, pages):
     raise NotImplementedError(reason)
   return _attend(
     q,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import block_sparse, differentiable
+from kernels_pallas import block_sparse, differentiable, selected_token
 from kernels_pallas.passing_block import passing_block
 
 CASES = {
@@ -111,7 +111,20 @@ def test_bad_arguments_are_named(kwargs, message):
 
 
 def test_kernels_name_the_differentiable_path():
-  q, k, v, _ = _inputs(20, 20)
-  blocks = block_sparse.dense_blocks(2, 4, 20)
-  with pytest.raises(NotImplementedError, match='differentiable'):
-    jax.grad(lambda q: block_sparse.block_sparse(q, k, v, blocks).out.sum())(q)
+  q, k, v, _ = _inputs(16, 16)
+  at = jnp.broadcast_to(jnp.arange(16, dtype=jnp.int32), (2, 16))
+  blocks = block_sparse.dense_blocks(2, 4, 16)
+  pages, ids, starts = selected_token.contiguous(k, v, page=16)
+  calls = (
+    lambda q: block_sparse.block_sparse(q, k, v, blocks),
+    lambda q: block_sparse.block_sparse_paged(
+      q, pages, ids, blocks, lengths=at[:, -1] + 1
+    ),
+    lambda q: passing_block(q, k, v, 0 * at, at + 1),
+    lambda q: selected_token.attend_pages(
+      q, pages, ids, starts, q_positions=at
+    ),
+  )
+  for call in calls:
+    with pytest.raises(NotImplementedError, match='differentiable'):
+      jax.eval_shape(jax.grad(lambda q, call=call: call(q).out.sum()), q)

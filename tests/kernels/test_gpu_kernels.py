@@ -70,6 +70,27 @@ def test_a_program_may_take_all_heads_of_a_group(group, monkeypatch):
   oracle.assert_close(one, oracle.block_sparse(*args, **kwargs), 'bfloat16')
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize('group', [1, 8])
+def test_every_family_takes_small_and_large_groups(group):
+  shape = {'kv': 2, 'group': group, 'h': 128, 'dtype': BF16}
+  args, kwargs = cases.block_case(
+    t=300, s=900, block_q=128, block_k=128, width=5, **shape
+  )
+  got = block_sparse.block_sparse(*args, **kwargs, implementation='gpu')
+  oracle.assert_close(got, oracle.block_sparse(*args, **kwargs), 'bfloat16')
+  args = cases.passing_case(t=200, s=500, **shape)
+  got = passing_block.passing_block(*args, implementation='gpu')
+  oracle.assert_close(got, oracle.passing_block(*args), 'bfloat16')
+  (q, pages, ids, starts), kwargs = cases.page_case(page=64, **shape)
+  got = selected_token.attend_pages(
+    q, pages, ids, starts, **kwargs, implementation='gpu'
+  )
+  rows, positions = oracle.rows_of_pages(ids, starts, 64)
+  want = oracle.selected(q, pages, rows, positions, **kwargs)
+  oracle.assert_close(got, want, 'bfloat16')
+
+
 def check_paged(bits, implementation):
   rng = np.random.default_rng(0)
   page, width = 64, 14

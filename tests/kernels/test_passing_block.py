@@ -25,7 +25,7 @@ CASES = {
   'f32_group2': {},
   'bf16_group8': {'dtype': jnp.bfloat16, 'kv': 1, 'group': 8},
   'f16_group1_h128': {'dtype': jnp.float16, 'group': 1, 'h': 128},
-  'bf16_h256': {'dtype': jnp.bfloat16, 'h': 256},
+  'bf16_group4_h256': {'dtype': jnp.bfloat16, 'group': 4, 'h': 256},
 }
 RUNS = [(name, 'xla') for name in CASES] + [('f32_group2', 'reference')]
 
@@ -47,6 +47,26 @@ def test_any_intervals(seed, tile):
   stop = np.clip(start + rng.integers(-5, 120, (2, 70)), 0, 200)
   start, stop = (jnp.asarray(x, jnp.int32) for x in (start, stop))
   got = TILED[tile](q, k, v, start, stop)
+  want = oracle.passing_block(q, k, v, start, stop)
+  oracle.assert_close(got, want, 'float32')
+
+
+@pytest.mark.long
+@hypothesis.settings(max_examples=8)
+@hypothesis.given(
+  t=st.integers(1, 60),
+  s=st.integers(1, 90),
+  kv=st.integers(1, 2),
+  group=st.integers(1, 3),
+  seed=st.integers(0, 99),
+)
+def test_shapes(t, s, kv, group, seed):
+  rng = np.random.default_rng(seed)
+  q = cases.floats(rng, (1, t, kv * group, 16), jnp.float32)
+  k, v = (cases.floats(rng, (1, kv, s, 16), jnp.float32) for _ in range(2))
+  start = np.sort(rng.integers(0, s, (1, t))).astype(np.int32)
+  stop = np.sort(rng.integers(0, s + 1, (1, t))).astype(np.int32)
+  got = TILED[32](q, k, v, start, stop)
   want = oracle.passing_block(q, k, v, start, stop)
   oracle.assert_close(got, want, 'float32')
 

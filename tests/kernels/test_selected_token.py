@@ -232,6 +232,49 @@ def test_bad_arguments_are_named(change, message):
     family.attend_pages(**_fix(change))
 
 
+@pytest.mark.parametrize(
+  ('name', 'change', 'message'),
+  [
+    ('q', lambda x: jnp.repeat(x, 6, 1), 'T=18 queries'),
+    ('starts', lambda x: x[1:], 'starts.shape'),
+    ('starts', lambda x: x[:, :5], 'starts.shape'),
+    ('starts', lambda x: x * 1.0, 'starts.dtype'),
+    ('used', lambda x: x[1:], 'used must be int32'),
+    ('used', lambda x: x * 1.0, 'used must be int32'),
+  ],
+)
+def test_bad_arguments_of_a_contiguous_cache_are_named(name, change, message):
+  args, kwargs = cases.contiguous_case(h=16)
+  named = dict(zip(('q', 'pages', 'starts', 'used'), args))
+  named[name] = change(named[name])
+  with pytest.raises(ValueError, match=message):
+    family.attend_contiguous(**named, **kwargs)
+
+
+@pytest.mark.parametrize(
+  ('function', 'page', 'shape', 'message'),
+  [
+    ('attend_pages', 48, {}, 'pages.page=48'),
+    ('attend_contiguous', 48, {}, 'pages.page=48'),
+    ('attend_contiguous', 16, {'bits': 8}, 'pages.page=16'),
+    ('attend_pages', 64, {'h': 96}, 'head dim 96'),
+    ('attend_tokens', 64, {'bits': 4}, 'head dim 64'),
+    ('attend_tokens', 64, {'dtype': jnp.float32}, 'pages.k.dtype'),
+  ],
+)
+def test_the_hopper_kernel_refuses_with_the_reason(
+  function, page, shape, message
+):
+  case = {
+    'attend_pages': cases.page_case,
+    'attend_contiguous': cases.contiguous_case,
+    'attend_tokens': cases.token_case,
+  }[function]
+  args, kwargs = case(page=page, **{'dtype': jnp.bfloat16, **shape})
+  with pytest.raises(ValueError, match=message):
+    getattr(family, function)(*args, **kwargs, implementation='gpu')
+
+
 def test_page_must_divide_a_contiguous_cache():
   k = jnp.zeros((1, 1, 100, 16))
   with pytest.raises(ValueError, match='page=64 must divide'):
@@ -248,6 +291,16 @@ def test_debug_mode_checks_values(function):
     )
   )
   run(q, pages, ids, where, **kwargs)[0].throw()
-  error, _ = run(q, pages, ids + 10**6, where, **kwargs)
-  with pytest.raises(checkify.JaxRuntimeError, match='must be below'):
+  for wrong, message in ((ids + 10**6, 'must be below'), (ids * 0, 'once')):
+    error, _ = run(q, pages, wrong, where, **kwargs)
+    with pytest.raises(checkify.JaxRuntimeError, match=message):
+      error.throw()
+
+
+def test_debug_mode_checks_what_a_contiguous_cache_holds():
+  args, kwargs = cases.contiguous_case(h=16)
+  run = jax.jit(checkify.checkify(family.attend_contiguous))
+  run(*args, **kwargs)[0].throw()
+  error, _ = run(*args[:3], args[3] + 1, **kwargs)
+  with pytest.raises(checkify.JaxRuntimeError, match='used must be'):
     error.throw()
