@@ -27,7 +27,8 @@ def get_config(arg=''):
     'hnsw': (100, 200, 400, 800, 1600),
     'ivf': (4, 8, 16, 32, 64, 128),
     'fastscan': (100, 150, 200, 300, 500),
-    'fastscan/2bit': (200, 400, 800, 1600),
+    'fastscan/2bit': (100, 150, 200, 300, 500),
+    'fastscan/3bit': (100, 150, 200, 300, 500),
   }
   config.layers = tuple(range(0, 96, arg.layers)) if arg.layers else ()
   config.text = ''

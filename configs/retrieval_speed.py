@@ -36,7 +36,8 @@ def get_config(arg=''):
     'ivf': (32, 64, 128, 256),
     'flat': (0,),
     'fastscan': (100, 150, 200, 300),
-    'fastscan/2bit': (200, 400, 800, 1600),
+    'fastscan/2bit': (150, 200, 300, 400),
+    'fastscan/3bit': (100, 150, 200, 300),
   }
   config.recall = arg.recall
   config.top = 100

@@ -27,8 +27,13 @@ from experiments import environment, models
 from experiments.errors import Failure
 from experiments.results import Results, Row, key_of, write_json
 
-_MORE_KINDS = ('graph/query_head', 'fastscan/2bit', 'device')
-_OPTIONS = {'': {}, 'query_head': {'graphs': 'query_head'}, '2bit': {'bits': 2}}
+_MORE_KINDS = ('graph/query_head', 'fastscan/2bit', 'fastscan/3bit', 'device')
+_OPTIONS = {
+  '': {},
+  'query_head': {'graphs': 'query_head'},
+  '2bit': {'bits': 2},
+  '3bit': {'bits': 3},
+}
 
 
 def kind_and_options(kind: str) -> tuple[str, dict[str, Any]]:
@@ -46,8 +51,8 @@ class Config:
       preset:NAME, whose heads and layers count.
     length: tokens that the index may hold.
     kinds: of `lcx.select.vector_index`; 'device' is dense on the device;
-      'graph/query_head' is 'graph' with one a query head, 'fastscan/2bit' is
-      'fastscan' with codes of 2 bits an element.
+      'graph/query_head' is 'graph' with one a query head, 'fastscan/2bit'
+      and 'fastscan/3bit' are 'fastscan' with codes of so many bits an element.
     ops: which of recall, build and decode.
     title: of the run.
     text: a file that is read by `recall`; '': Python's own documentation.
