@@ -7,8 +7,8 @@ Arguments: `layers=N` (every N-th layer), `smoke`. A row is a kv head of a layer
 under one kind of index; queries of the tokens after the indexed ones ask.
 `graph/query_head` is one graph a query head: as many times the links. Of
 `fastscan` the share scanned is of the keys that are ranked by exact products;
-codes of all keys are read beside them (a quarter of the bytes of 16-bit keys,
-`fastscan/2bit` an eighth).
+codes of all keys are read beside them (a quarter of the bytes of 16-bit keys;
+`fastscan/2bit` an eighth, `fastscan/3bit` between).
 """
 
 from configs import common

@@ -69,6 +69,7 @@ class Config:
     degree: links of a key.
     repeats: samples of `decode`, a token each.
     jobs: of `decode`: threads that share a layer's queries; 0: the cores.
+    more_jobs: others, with which a kind decodes from the same index again.
     dtype: of weights, keys and values.
     seed: of what is drawn.
     output: a file that also gets the rows; '': none.
@@ -90,6 +91,7 @@ class Config:
   degree: int = 32
   repeats: int = 10
   jobs: int = 0
+  more_jobs: tuple[int, ...] = ()
   dtype: Literal['float32', 'bfloat16'] = 'bfloat16'
   seed: int = 0
   output: str = ''
@@ -106,8 +108,9 @@ class Config:
     for name in ('length', 'top', 'asked', 'repeats'):
       if getattr(self, name) < 1:
         raise ValueError(f'config.{name}={getattr(self, name)}: at least 1')
-    if self.jobs < 0:
-      raise ValueError(f'config.jobs={self.jobs}: at least 0')
+    for jobs in (self.jobs, *self.more_jobs):
+      if jobs < 0:
+        raise ValueError(f'config.jobs={jobs}: at least 0')
     if self.repeats > 4000:
       raise ValueError(f'config.repeats={self.repeats}: at most 4000')
     if not 0 <= self.recall <= 1:
@@ -172,7 +175,7 @@ def _row(config, op: str, found: Row, where) -> Row:
     'dtype': config.dtype,
     'seed': config.seed,
     **({'target': config.recall} if op == 'decode' else {}),
-    **({'jobs': config.jobs} if op == 'decode' and config.jobs else {}),
+    **({'jobs': found['jobs']} if found.get('jobs') else {}),
     'device': where['device'],
     'git': where['git'],
   } | {k: found[k] for k in ('kind', 'layer', 'head') if k in found}
@@ -211,7 +214,8 @@ def _line(row: Row) -> str:
     )
   line = (
     f'{head} {row["ms"]:9.3f} ms a token of {row["layers"]} layers, in the '
-    f'host {row["host_ms"]:.3f} ms, of it {row["python_ms"]:.3f} in Python'
+    f'host {row["host_ms"]:.3f} ms, of it {row["search_ms"]:.3f} in indexes, '
+    f'{row["python_ms"]:.3f} in Python; longest {row["longest_ms"]:.3f}'
   )
   if not row.get('curve'):
     return line
