@@ -213,9 +213,10 @@ def _line(row: Row) -> str:
       f'{row["device_s"]:.2f} s, host {row["host_s"]:.2f} s'
     )
   line = (
-    f'{head} {row["ms"]:9.3f} ms a token of {row["layers"]} layers, in the '
-    f'host {row["host_ms"]:.3f} ms, of it {row["search_ms"]:.3f} in indexes, '
-    f'{row["python_ms"]:.3f} in Python; longest {row["longest_ms"]:.3f}'
+    f'{head}{_jobs(row)} {row["ms"]:9.3f} ms a token of {row["layers"]} '
+    f'layers, in the host {row["host_ms"]:.3f} ms, of it '
+    f'{row["search_ms"]:.3f} in indexes, {row["python_ms"]:.3f} in Python; '
+    f'longest {row["longest_ms"]:.3f}'
   )
   if not row.get('curve'):
     return line
@@ -225,6 +226,10 @@ def _line(row: Row) -> str:
     f'{line}; effort {row["effort"]}: {here}{missed}\n'
     f'{head} recall@scanned: {_shown(c[1:] for c in row["curve"])}'
   )
+
+
+def _jobs(row: Row) -> str:
+  return f' {row["jobs"]} jobs:' if row.get('jobs') else ''
 
 
 def _shown(curve, codes: float = 0.0) -> str:
@@ -256,8 +261,9 @@ def _summary(rows) -> list[str]:
     )
   one, *others = [r for r in rows if r['op'] == 'decode'] or [None]
   lines += [
-    f'{other["kind"]:<17} {other["ms"] / one["ms"]:.2f} times the time of '
-    f'{one["kind"]}, recall {other["recall"]:.3f} and {one["recall"]:.3f}'
+    f'{other["kind"]:<17}{_jobs(other)} {other["ms"] / one["ms"]:.2f} times '
+    f'the time of {one["kind"]}{_jobs(one)}, recall {other["recall"]:.3f} and '
+    f'{one["recall"]:.3f}'
     for other in others
   ]
   return lines
