@@ -6,9 +6,11 @@ What the graph loses against the exact search of the same tokens, at 100 and at
 2000 tokens a query head, and both against dense. `exact` and `graph` take what
 they are told; `graph 100 wide` takes more keys where it has too little of the
 softmax, as the method does by itself. Arguments: `length=N`, `samples=N`,
-`top=N` (that number of tokens alone), `cluster` (adds the twin on the device),
-`smoke`. `needle` takes the bundled model at 4K, with an eighth of the tokens
-and tasks it can do: minutes on a CPU. Another model:
+`top=N` (that number of tokens alone), `index=fastscan` (in the graph's place;
+`bits=2`: of its codes), `exact=flat` (faiss's, of 16-bit keys, in numpy's
+place), `protocol=whole` (that one alone), `cluster` (adds the twin on the
+device), `smoke`. `needle` takes the bundled model at 4K, with an eighth of the
+tokens and tasks it can do: minutes on a CPU. Another model:
 --config.model=qwen2.5-coder-0.5b-instruct.gguf, with `length=32768`.
 
 Without faiss the cluster index serves in the graph's place, under its name.
@@ -27,18 +29,20 @@ TASKS = {
 
 def get_config(arg=''):
   arg = common.parse_arg(
-    arg, length=0, samples=100, top=0, cluster=False, needle=False
-  )
+    arg, length=0, samples=100, top=0, cluster=False, needle=False,
+    index='graph', bits=4, exact='exact', protocol='',
+  )  # fmt: skip
   config = common.base('evaluate', 'Retrieval: graph, exact search, dense')
   config.model = '.cache/models/SmolLM2-135M-Instruct.Q4_1.gguf'
   tops = (arg.top,) if arg.top else (100, 2000)
   small = 8 if arg.needle else 1
-  config.methods = common.table({'dense': {}} | rows(tops, small, arg.cluster))
+  config.methods = common.table({'dense': {}} | rows(tops, small, arg))
   config.tasks = common.table(TASKS)
   config.lengths = (arg.length or 8192,)
   config.samples = arg.samples
   config.dtype = 'auto'
-  config.protocols = ('whole', 'context_first')
+  both = ('whole', 'context_first')
+  config.protocols = (arg.protocol,) if arg.protocol else both
   config.max_new_tokens = 0
   config.batch = 1
   config.capacity = 0
@@ -79,19 +83,19 @@ def method(small, index, top=256, **decode):
   }
 
 
-def rows(tops, small, cluster):
+def rows(tops, small, arg):
   """Labels hold no dots: they are names of fields."""
-  found = {}
+  found, bits = {}, {'bits': arg.bits} if arg.bits != 4 else {}
   for top in tops:
     found |= {
-      f'{index} {top // small}': method(small, index, top)
-      for index in ('graph', 'exact')
+      f'{index} {top // small}': method(small, index, top, **bits)
+      for index in (arg.index, arg.exact)
     }
     if top <= 100:
-      found[f'graph {top // small} wide'] = method(
-        small, 'graph', top, mass=0.8, most=2000 // small
+      found[f'{arg.index} {top // small} wide'] = method(
+        small, arg.index, top, mass=0.8, most=2000 // small, **bits
       )
-    if cluster:
+    if arg.cluster:
       found[f'cluster {top // small}'] = {
         'method': 'retrieval_cluster',
         'decode': {

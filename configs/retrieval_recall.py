@@ -7,8 +7,8 @@ Arguments: `layers=N` (every N-th layer), `smoke`. A row is a kv head of a layer
 under one kind of index; queries of the tokens after the indexed ones ask.
 `graph/query_head` is one graph a query head: as many times the links. Of
 `fastscan` the share scanned is of the keys that are ranked by exact products;
-codes of all keys are read beside them (a quarter of the bytes of 16-bit keys,
-`fastscan/2bit` an eighth).
+codes of all keys are read beside them (a quarter of the bytes of 16-bit keys;
+`fastscan/2bit` an eighth, `fastscan/3bit` between).
 """
 
 from configs import common
@@ -27,7 +27,8 @@ def get_config(arg=''):
     'hnsw': (100, 200, 400, 800, 1600),
     'ivf': (4, 8, 16, 32, 64, 128),
     'fastscan': (100, 150, 200, 300, 500),
-    'fastscan/2bit': (200, 400, 800, 1600),
+    'fastscan/2bit': (100, 150, 200, 300, 500),
+    'fastscan/3bit': (100, 150, 200, 300, 500),
   }
   config.layers = tuple(range(0, 96, arg.layers)) if arg.layers else ()
   config.text = ''

@@ -27,8 +27,13 @@ from experiments import environment, models
 from experiments.errors import Failure
 from experiments.results import Results, Row, key_of, write_json
 
-_MORE_KINDS = ('graph/query_head', 'fastscan/2bit', 'device')
-_OPTIONS = {'': {}, 'query_head': {'graphs': 'query_head'}, '2bit': {'bits': 2}}
+_MORE_KINDS = ('graph/query_head', 'fastscan/2bit', 'fastscan/3bit', 'device')
+_OPTIONS = {
+  '': {},
+  'query_head': {'graphs': 'query_head'},
+  '2bit': {'bits': 2},
+  '3bit': {'bits': 3},
+}
 
 
 def kind_and_options(kind: str) -> tuple[str, dict[str, Any]]:
@@ -46,8 +51,8 @@ class Config:
       preset:NAME, whose heads and layers count.
     length: tokens that the index may hold.
     kinds: of `lcx.select.vector_index`; 'device' is dense on the device;
-      'graph/query_head' is 'graph' with one a query head, 'fastscan/2bit' is
-      'fastscan' with codes of 2 bits an element.
+      'graph/query_head' is 'graph' with one a query head, 'fastscan/2bit'
+      and 'fastscan/3bit' are 'fastscan' with codes of so many bits an element.
     ops: which of recall, build and decode.
     title: of the run.
     text: a file that is read by `recall`; '': Python's own documentation.
@@ -64,6 +69,7 @@ class Config:
     degree: links of a key.
     repeats: samples of `decode`, a token each.
     jobs: of `decode`: threads that share a layer's queries; 0: the cores.
+    more_jobs: others, with which a kind decodes from the same index again.
     dtype: of weights, keys and values.
     seed: of what is drawn.
     output: a file that also gets the rows; '': none.
@@ -85,6 +91,7 @@ class Config:
   degree: int = 32
   repeats: int = 10
   jobs: int = 0
+  more_jobs: tuple[int, ...] = ()
   dtype: Literal['float32', 'bfloat16'] = 'bfloat16'
   seed: int = 0
   output: str = ''
@@ -101,8 +108,9 @@ class Config:
     for name in ('length', 'top', 'asked', 'repeats'):
       if getattr(self, name) < 1:
         raise ValueError(f'config.{name}={getattr(self, name)}: at least 1')
-    if self.jobs < 0:
-      raise ValueError(f'config.jobs={self.jobs}: at least 0')
+    for jobs in (self.jobs, *self.more_jobs):
+      if jobs < 0:
+        raise ValueError(f'config.jobs={jobs}: at least 0')
     if self.repeats > 4000:
       raise ValueError(f'config.repeats={self.repeats}: at most 4000')
     if not 0 <= self.recall <= 1:
@@ -167,7 +175,7 @@ def _row(config, op: str, found: Row, where) -> Row:
     'dtype': config.dtype,
     'seed': config.seed,
     **({'target': config.recall} if op == 'decode' else {}),
-    **({'jobs': config.jobs} if op == 'decode' and config.jobs else {}),
+    **({'jobs': found['jobs']} if found.get('jobs') else {}),
     'device': where['device'],
     'git': where['git'],
   } | {k: found[k] for k in ('kind', 'layer', 'head') if k in found}
@@ -205,8 +213,10 @@ def _line(row: Row) -> str:
       f'{row["device_s"]:.2f} s, host {row["host_s"]:.2f} s'
     )
   line = (
-    f'{head} {row["ms"]:9.3f} ms a token of {row["layers"]} layers, in the '
-    f'host {row["host_ms"]:.3f} ms, of it {row["python_ms"]:.3f} in Python'
+    f'{head}{_jobs(row)} {row["ms"]:9.3f} ms a token of {row["layers"]} '
+    f'layers, in the host {row["host_ms"]:.3f} ms, of it '
+    f'{row["search_ms"]:.3f} in indexes, {row["python_ms"]:.3f} in Python; '
+    f'longest {row["longest_ms"]:.3f}'
   )
   if not row.get('curve'):
     return line
@@ -216,6 +226,10 @@ def _line(row: Row) -> str:
     f'{line}; effort {row["effort"]}: {here}{missed}\n'
     f'{head} recall@scanned: {_shown(c[1:] for c in row["curve"])}'
   )
+
+
+def _jobs(row: Row) -> str:
+  return f' {row["jobs"]} jobs:' if row.get('jobs') else ''
 
 
 def _shown(curve, codes: float = 0.0) -> str:
@@ -247,8 +261,9 @@ def _summary(rows) -> list[str]:
     )
   one, *others = [r for r in rows if r['op'] == 'decode'] or [None]
   lines += [
-    f'{other["kind"]:<17} {other["ms"] / one["ms"]:.2f} times the time of '
-    f'{one["kind"]}, recall {other["recall"]:.3f} and {one["recall"]:.3f}'
+    f'{other["kind"]:<17}{_jobs(other)} {other["ms"] / one["ms"]:.2f} times '
+    f'the time of {one["kind"]}{_jobs(one)}, recall {other["recall"]:.3f} and '
+    f'{one["recall"]:.3f}'
     for other in others
   ]
   return lines

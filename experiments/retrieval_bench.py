@@ -278,7 +278,11 @@ def _memory(caches) -> Row:
   import jax
 
   stats = jax.local_devices()[0].memory_stats() or {}
-  names = {'peak_bytes': 'peak_bytes_in_use', 'bytes_in_use': 'bytes_in_use'}
+  names = {
+    'peak_bytes': 'peak_bytes_in_use',
+    'bytes_in_use': 'bytes_in_use',
+    'limit_bytes': 'bytes_limit',
+  }
   tiers = {'kv_bytes': 'device', 'host_bytes': 'host'}
   return {
     name: sum(sum(c.nbytes(tier).values()) for c in caches)
@@ -317,13 +321,14 @@ def _measured(config: Config, kind: str, filled: _Filled):
   if 'decode' not in config.ops:
     return
   found = _effort(config, kind, filled, part)
-  part = dataclasses.replace(part, effort=found['effort'])
   size = _memory(filled.caches)
-  timed, caches = _timed(config, part, filled.caches, ready, filled.drawn)
-  filled.rewound(caches)
-  yield 'decode', {'kind': kind} | found | timed | size | {
-    k: v for k, v in _memory(()).items() if k == 'peak_bytes'
-  }  # fmt: skip
+  for jobs in (config.jobs, *config.more_jobs):
+    part = dataclasses.replace(part, effort=found['effort'], jobs=jobs)
+    timed, caches = _timed(config, part, filled.caches, ready, filled.drawn)
+    filled.rewound(caches)
+    yield 'decode', {'kind': kind, 'jobs': jobs} | found | timed | size | {
+      k: v for k, v in _memory(()).items() if k == 'peak_bytes'
+    }  # fmt: skip
 
 
 def _effort(config: Config, kind: str, filled: _Filled, part) -> Row:
@@ -479,11 +484,11 @@ def _timed(config: Config, part, caches, states, drawn):
   row: Row = {
     'layers': len(caches),
     'ms': statistics.median(times[2:]),
+    'longest_ms': max(times[2:]),
     'repeats_ms': times[2:],
     'host_ms': middle.get('host_us', 0.0) / 1e3,
     'python_ms': middle.get('python_us', 0.0) / 1e3,
     'search_ms': middle.get('search_us', 0.0) / 1e3,
-    'jobs': config.jobs,
     'counters': middle,
   }
   return row, caches

@@ -31,6 +31,8 @@ from lcx.cache.host_step import (
   Step,
   lse_of,
   merged,
+  mixed,
+  products,
   weights,
 )
 from lcx.select import vector_index as vi
@@ -361,12 +363,11 @@ class Row:
     q, m = step.q, step.m
     grouped = q.reshape(-1, m, q.shape[1])
     stop = self.indexed[1]
-    aside = np.matmul(grouped, self._aside.swapaxes(1, 2)).reshape(len(q), -1)
+    aside = products(grouped, self._aside).reshape(len(q), -1)
     aside = np.where(self._sample < step.until, aside, -np.inf)  # not so cut
     fresh = None
     if step.until > stop:
-      fresh = np.matmul(grouped, self._fresh(step.until).swapaxes(1, 2))
-      fresh = fresh.reshape(len(q), -1)
+      fresh = products(grouped, self._fresh(step.until)).reshape(len(q), -1)
     far = np.zeros(len(q), bool)
     if self.calibrations:
       far = Calibration.far(self.calibrations, grouped).reshape(-1)
@@ -493,8 +494,8 @@ class Row:
       for at in range(first, min(first + a_job, len(rows)), at_once):
         some = slice(at, at + at_once)
         # As indices, bfloat16 would be copied element by element.
-        value = values.take(place[some], axis=0).astype(np.float32)
-        step.out[rows[some]] = np.matmul(weight[some, None], value)[:, 0]
+        value = values.take(place[some], axis=0)
+        step.out[rows[some]] = mixed(weight[some], value)
 
     step.side_by_side(mix, range(0, len(rows), a_job))
 

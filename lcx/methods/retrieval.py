@@ -69,7 +69,7 @@ class RetrievalDecode(Decode):
     neighbours: nearest keys of each of those, from which a graph is made.
     degree: links of a key in a graph.
     graphs: one a 'kv_head', or one a 'query_head': as many times the links.
-    bits: of an element in the codes of `fastscan`, 2 or 4.
+    bits: of an element in the codes of `fastscan`, in the mean: 2, 3 or 4.
     jobs: threads among which the queries of a layer are split; 0: the cores.
     folder: where indexes are kept, by the fingerprint of what they are made of
       (keys, numbers, what the queries said); '': nowhere.

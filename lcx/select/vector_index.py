@@ -23,7 +23,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 KINDS = ('exact', 'flat', 'ivf', 'hnsw', 'graph', 'fastscan')
-_FORMAT = 2  # of saved indexes; another one when `build` makes another graph
+_FORMAT = 3  # of saved indexes; another one when `build` makes another one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Numbers:
       the nearest keys of held-out queries.
     graphs: of `graph`: one a 'kv_head', made of what all its query heads'
       queries found, or one a 'query_head', over the same stored keys.
-    bits: of an element in the codes of `fastscan`, 2 or 4.
+    bits: of an element in the codes of `fastscan`, in the mean: 2, 3 or 4.
     seed: of what is drawn.
   """
 
@@ -73,8 +73,8 @@ class Numbers:
         f"index graphs='query_head' is of kind 'graph', not {self.kind!r}: "
         "leave it 'kv_head'"
       )
-    if self.bits not in (2, 4):
-      raise ValueError(f'index bits={self.bits} must be 2 or 4')
+    if self.bits not in (2, 3, 4):
+      raise ValueError(f'index bits={self.bits} must be 2, 3 or 4')
 
   def bytes_per_key(self, dim: int, group: int) -> int:
     """Bytes that an index takes for a key, about.

@@ -15,6 +15,12 @@ the error is (sum_i sqrt(l_i))^2 / d: no more than sum_i l_i, that of whitened
 keys or queries, and far less than that of a rotation alone where a few elements
 of keys are large and queries small there, as in the first layers of models.
 
+With fewer than 4 bits an element, elements differ: before the rotation, an
+element errs by l_i times a constant of its levels. Those of largest l_i get 4
+bits, those that follow 2, the others none, so that the sum of errors is least
+for as many bits in all; then those of 4 are rotated among each other, and those
+of 2. An element of 4 bits is a code; so are two of 2.
+
 The levels are those that quantise a normal variable best: elements of rotated
 keys are about normal. Levels learnt by k-means reach further out, to where few
 keys are; looked-up products, 8 bits from the least to the largest, become
@@ -33,6 +39,8 @@ _LEVELS = {
   2: (0.4528, 1.510),
   4: (0.1284, 0.3881, 0.6568, 0.9424, 1.256, 1.618, 2.069, 2.733),
 }
+# Mean squared errors of those levels, of a variance of 1; 0 bits: of none.
+_ERROR = {0: 1.0, 2: 0.1175, 4: 0.009497}
 _SEEN = 16384  # keys that tell the covariance
 _AT_ONCE = 16384  # keys that are turned together
 # Shares of the mean that eigenvalues get: of keys, only what rounding takes
@@ -54,7 +62,7 @@ class ScanIndex:
     self.index, self.store, self.graphs = index, store, 1
     self.tokens: np.ndarray = tokens
     self._mean, self._turn = mean, turn
-    self._both = faiss.IndexRefine(index, store)
+    self._both, self._factor = faiss.IndexRefine(index, store), 0.0
 
   def search(self, q, k, effort, graph=0):
     """As `Index.search`, in one native call."""
@@ -79,7 +87,9 @@ class ScanIndex:
     n = len(self.tokens)
     if k > n:
       return None
-    self._both.k_factor = (min(max(k, effort), n) + 0.5) / k
+    factor = (min(max(k, effort), n) + 0.5) / k
+    if factor != self._factor:  # a property of faiss takes 7 us to set
+      self._both.k_factor = self._factor = factor
     return self._both
 
   def add(self, keys, tokens):
@@ -136,25 +146,50 @@ def scan(numbers, store, x: np.ndarray, tokens, queries) -> ScanIndex:
     asked = queries.held_out[queries.held_near[:, 0] >= 0]
   seen = x[:: -(-len(x) // _SEEN)]
   mean = seen.mean(0)
-  turn, turn_q = balanced(seen - mean, asked, numbers.seed)
+  turn, turn_q, fine = balanced(seen - mean, asked, numbers.seed, numbers.bits)
   spread = ((seen - mean) @ turn).std(0)
   spread = np.maximum(spread, max(1e-6 * float(spread.max()), 1e-30))
-  half = np.array(_LEVELS[numbers.bits], np.float32)
-  level = np.concatenate([-half[::-1], half])
-  wide = 4 // numbers.bits  # elements of a code
-  level = np.stack(np.meshgrid(*[level] * wide), -1).reshape(1, 16, wide)
+  # Columns of a code: one of 4 bits, and nothing beside it where others hold
+  # two; two of 2 bits.
+  count = turn.shape[1]
+  wide = 2 if count > fine else 1
+  pairs = -(-(count - fine) // 2)
+  place = np.arange(fine) * wide
+  place = np.append(place, wide * fine + np.arange(count - fine))
+  width = wide * (fine + pairs)
+  turn, turn_q, spread = (
+    _placed(x, place, width) for x in (turn, turn_q, spread)
+  )
+  level = np.stack([_grid(4)] * fine + [_grid(2)] * pairs)[..., :wide]
   level = level * spread.reshape(-1, 1, wide)
-  codes = faiss.IndexPQFastScan(dim, dim // wide, 4, faiss.METRIC_INNER_PRODUCT)
+  codes = faiss.IndexPQFastScan(
+    width, width // wide, 4, faiss.METRIC_INNER_PRODUCT
+  )
   faiss.copy_array_to_vector(
     np.ascontiguousarray(level, np.float32).ravel(), codes.pq.centroids
   )
   codes.is_trained = True
-  ask = faiss.LinearTransform(dim, dim, False)
+  ask = faiss.LinearTransform(dim, width, False)
   faiss.copy_array_to_vector(np.ascontiguousarray(turn_q.T).ravel(), ask.A)
   ask.is_trained = True
   index = faiss.IndexPreTransform(ask, codes)
   _encode(index, x, mean, turn)
   return ScanIndex(index, store, tokens, mean, turn)
+
+
+def _placed(x: np.ndarray, place: np.ndarray, width: int) -> np.ndarray:
+  """Columns of x [... n] at places in [... width]; zeros elsewhere."""
+  out = np.zeros((*x.shape[:-1], width), np.float32)
+  out[..., place] = x
+  return out
+
+
+def _grid(bits: int) -> np.ndarray:
+  """Levels [16 2] of a code: of one element of 4 bits, or of two of 2."""
+  half = np.array(_LEVELS[bits], np.float32)
+  level = np.concatenate([-half[::-1], half])
+  other = level if bits == 2 else np.zeros(1, np.float32)
+  return np.stack(np.meshgrid(level, other), -1).reshape(16, 2)
 
 
 def _encode(index, x: np.ndarray, mean, turn) -> None:
@@ -166,14 +201,17 @@ def _encode(index, x: np.ndarray, mean, turn) -> None:
 
 
 def balanced(
-  x: np.ndarray, q: np.ndarray, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-  """(A, B) [H H], A B^T = 1: see the module.
+  x: np.ndarray, q: np.ndarray, seed: int, bits: int = 4
+) -> tuple[np.ndarray, np.ndarray, int]:
+  """(A, B, n): see the module. The first n columns are coded by 4 bits.
+
+  Columns that get none are left out; of all of them, A B^T = 1.
 
   Args:
     x: [n H] keys less their mean.
     q: [m H] queries; none: any direction is asked for alike.
     seed: of the rotation.
+    bits: mean of all elements.
   """
   dim = x.shape[1]
   x, q = x.astype(np.float64), q.astype(np.float64)
@@ -183,10 +221,28 @@ def balanced(
   white, back = axes * keys**-0.5, axes * keys**0.5
   asked = back.T @ back if not len(q) else (q @ back).T @ (q @ back) / len(q)
   both, turn = np.linalg.eigh(asked)
-  both = np.maximum(both, 0)
+  both, turn = np.maximum(both, 0)[::-1], turn[:, ::-1]
   both = both + _LEAST_QUERY * max(both.mean(), 1e-30)
-  draw = np.random.default_rng(seed).normal(size=(dim, dim))
-  mix = np.linalg.qr(draw)[0]
+  coded, fine = shared_out(both, bits)
+  mix = np.zeros((dim, coded))
+  draw = np.random.default_rng(seed)
+  for some in (slice(0, fine), slice(fine, coded)):
+    size = len(range(coded)[some])
+    mix[some, some] = np.linalg.qr(draw.normal(size=(size, size)))[0]
   keys_by = white @ (turn * both**0.25) @ mix
   queries_by = back @ (turn * both**-0.25) @ mix
-  return keys_by.astype(np.float32), queries_by.astype(np.float32)
+  return keys_by.astype(np.float32), queries_by.astype(np.float32), fine
+
+
+def shared_out(size: np.ndarray, bits: int) -> tuple[int, int]:
+  """How many of the largest elements are coded at all, and by 4 bits.
+
+  Args:
+    size: [d] mean squares of products, largest first.
+    bits: mean of all elements.
+  """
+  # 2 bits, then 2 more, are given to whom they serve most: first the first.
+  gain = [(_ERROR[0] - _ERROR[2]) * size, (_ERROR[2] - _ERROR[4]) * size]
+  best = np.argsort(-np.concatenate(gain), kind='stable')
+  fine = int((best[: bits * len(size) // 2] >= len(size)).sum())
+  return bits * len(size) // 2 - fine, fine

@@ -6,6 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
+from lcx.cache import host_step
 from lcx.cache.host_row import Near, Row, Search
 from lcx.cache.host_step import COUNTERS
 from lcx.select import vector_index as vi
@@ -329,3 +330,28 @@ def check_refused(folder, path, data, reason):
   for _ in range(2):
     with pytest.raises(ValueError, match=reason):
       row.wait()
+
+
+def test_values_of_16_bits_are_mixed_as_they_are():
+  """Every finite one, in a float32's place; alone it is itself."""
+  value = np.arange(65536, dtype=np.uint16).view(np.float16)
+  value = value[np.isfinite(value)].reshape(-1, 1, 4)
+  one = np.ones((len(value), 1), np.float32)
+  got = host_step.mixed(one, value)
+  np.testing.assert_array_equal(got, value[:, 0].astype(np.float32))
+  draw = np.random.default_rng(0)
+  value = draw.normal(size=(3, 50, 8)).astype(np.float16)
+  weight = draw.random((3, 50)).astype(np.float32)
+  for x in (value, value.astype(np.float32)):
+    want = np.einsum('mc,mch->mh', weight.astype(float), value.astype(float))
+    np.testing.assert_allclose(host_step.mixed(weight, x), want, rtol=1e-5)
+
+
+def test_products_with_many_keys_are_those_of_all():
+  draw = np.random.default_rng(0)
+  q = draw.normal(size=(2, 3, 8)).astype(np.float32)
+  for n in (0, 5, 256, 700):
+    keys = draw.normal(size=(2, n, 8)).astype(np.float32)
+    want = np.einsum('kmh,knh->kmn', q, keys)
+    got = host_step.products(q, keys)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)

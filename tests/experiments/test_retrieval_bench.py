@@ -95,9 +95,10 @@ def test_a_pass_a_kind_over_caches_that_are_filled_once(monkeypatch):
   config = measure_retrieval.Config(
     'preset:tiny', 1024, ('ivf', 'flat', 'fastscan'), ('build', 'decode'),
     layers=(0,), efforts={'ivf': (1, 2), 'flat': (0,)}, recall=0.95, top=20,
-    queries=64, repeats=1, dtype='float32',
+    queries=64, repeats=1, dtype='float32', more_jobs=(3,),
   )  # fmt: skip
   rows = list(retrieval_bench.speed(config))
+  again, rows = rows[2::3], [r for i, r in enumerate(rows) if i % 3 < 2]
   assert [(op, r['kind']) for op, r in rows] == [
     ('build', 'ivf'), ('decode', 'ivf'), ('build', 'flat'), ('decode', 'flat'),
     ('build', 'fastscan'), ('decode', 'fastscan'),
@@ -108,6 +109,10 @@ def test_a_pass_a_kind_over_caches_that_are_filled_once(monkeypatch):
   assert [ivf['effort'], ivf['recall'], ivf['scanned']] in ivf['curve']
   assert ivf['curve'] == sorted(ivf['curve']) and ivf['effort'] > 2
   assert flat['scanned'] == 1.0 and flat['recall'] > 0.95
+  for (_, first), (op, other) in zip(rows[1::2], again, strict=True):
+    assert op == 'decode' and (first['jobs'], other['jobs']) == (0, 3)
+    assert first['kind'] == other['kind']
+    assert first['effort'] == other['effort']
   codes = rows[5][1]
   assert codes['reached'] and codes['effort'] >= 20 and codes['codes'] == 1 / 4
   assert codes['scanned'] == codes['effort'] / (1024 - 128 - 512)

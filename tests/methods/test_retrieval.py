@@ -307,8 +307,8 @@ def test_what_cannot_be_served_is_refused_before_prefill(monkeypatch):
     make_engine(host_method(index='tree'))
   with pytest.raises(ValueError, match="'query_head' is of kind 'graph'"):
     make_engine(host_method(index='ivf', graphs='query_head'))
-  with pytest.raises(ValueError, match='bits=3 must be 2 or 4'):
-    make_engine(host_method(index='fastscan', bits=3))
+  with pytest.raises(ValueError, match='bits=5 must be 2, 3 or 4'):
+    make_engine(host_method(index='fastscan', bits=5))
   with pytest.raises(ValueError, match='jobs=-1 must be at least 0'):
     make_engine(host_method(jobs=-1))
   window = dataclasses.replace(CONFIG, sliding_window=128)

@@ -238,7 +238,8 @@ def test_keys_are_coded_for_the_queries_that_ask():
   x, q = vectors()
   x[:, :4] *= 30.0
   q[:, :4] /= 100.0
-  a, b = vs.balanced(x - x.mean(0), q, 0)
+  a, b, fine = vs.balanced(x - x.mean(0), q, 0)
+  assert fine == DIM
   np.testing.assert_allclose(a @ b.T, np.eye(DIM), atol=1e-3)
   error = np.var(x @ a, axis=0) @ np.mean((q @ b) ** 2, axis=0)
   both = np.linalg.eigvals(np.cov(x.T) @ (q.T @ q) / len(q)).real
@@ -256,8 +257,37 @@ def test_keys_are_coded_for_the_queries_that_ask():
 
 
 @needs_faiss
+def test_few_bits_go_to_elements_that_products_are_made_of():
+  """As many in all; by them, half of the bits find about as much."""
+  from lcx.select import vector_index_scan as vs
+
+  assert vs.shared_out(np.ones(8), 4) == (8, 8)
+  assert vs.shared_out(np.ones(8), 2) == (8, 0)
+  assert vs.shared_out(10.0 ** -np.arange(8), 2) == (4, 4)
+  assert vs.shared_out(0.7 ** np.arange(8), 3) == (8, 4)
+  x, q = vectors(queries=1100)
+  for i in range(DIM):  # variances of products fall by 0.6 an element
+    x[:, i] *= 0.88**i
+    q[:, i] *= 0.88**i
+  a, b, fine = vs.balanced(x - x.mean(0), q, 0, 2)
+  assert 0 < fine < a.shape[1] < DIM
+  assert 2 * fine + a.shape[1] - fine == DIM
+  error, left = (x - x.mean(0)) @ (a @ b.T - np.eye(DIM)), x - x.mean(0)
+  error = np.mean((error @ q.T) ** 2) / np.mean((left @ q.T) ** 2)
+  assert error < 0.01
+  found = {}
+  for bits in (2, 3, 4):
+    index = vi.build(vi.Numbers('fastscan', bits=bits), x, 0, Queries(x, q))
+    found[bits] = recall(index.search(q[:50], C, 2 * C)[1], exact(q[:50], x), 0)
+    codes = index.nbytes - index.tokens.nbytes - index.store.code_size * N
+    assert 0 <= codes - N * DIM * bits // 8 < 32 * DIM
+  assert found[2] > 0.95 and found[3] > 0.97
+  # 2 bits of each element find 0.77.
+
+
+@needs_faiss
 @pytest.mark.parametrize('dim', [2, 6, 80, 128])
-@pytest.mark.parametrize('bits', [2, 4])
+@pytest.mark.parametrize('bits', [2, 3, 4])
 def test_keys_of_any_width_are_scanned(dim, bits):
   draw = np.random.default_rng(0)
   x, q = (draw.normal(size=(n, dim)).astype(np.float32) for n in (333, 20))
