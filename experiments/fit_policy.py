@@ -110,17 +110,22 @@ def _method(row: Row) -> tuple[Identity, int, float, str] | None:
   if not row['ratio'] or row['implementation'] == row['peer']:
     return None
   parts = row['parts']
+  # A label may end in the cache's bits, which are a column here.
+  label = re.sub(r', int[48]$', '', row['implementation'])
   name = re.match(r"Method\(name='(\w+)'", parts)
-  if name and name[1] != row['implementation']:
+  if name and name[1] != label:
     return None  # a variation, as one part of it switched off
-  preset = presets.PRESETS[row['case'].split()[0]]
+  shape, *rest = row['case'].split()
+  if name and len(rest) > 1:
+    return None  # low-bit weights: products take another share of the time
+  preset = presets.PRESETS[shape]
   bits = re.search(r'\bbits=(\d+)', parts)
   where = (preset.n_heads, preset.n_kv_heads, preset.head_dim)
   op, device = row['op'], row['device'].split(' x ')[-1]
   if row.get('devices', 1) > 1:  # several devices against one
     op, device = 'prefill', f'{row["devices"]} x {device}'
   where += (int(bits[1]) if bits else 16,)
-  identity = (op, row['implementation'], device, *where)
+  identity = (op, label, device, *where)
   return identity, row['length'], row['ratio'], _part(op, parts)
 
 

@@ -95,13 +95,15 @@ def test_entries_come_from_rows():
     for length in (16, 32)
     for name, method, ratio in (
       ('dense', 'dense', 1.0),
-      ('lserve', 'lserve', length / 20),
+      ('lserve, int8', 'lserve', length / 20),
       ('static only', 'lserve', length / 10),
     )
   ]
   evidence = ((16, 0.8, 'D(budget=9)'), (32, 1.6, 'D(budget=9)'))
   assert fit_policy.fit(rows).entries == (entry(evidence, bits=8),)
   assert fit_policy.fit(rows[:3]).entries == ()  # one length, which lost
+  low = [x | {'case': x['case'].replace(' ', ' w8a8 ')} for x in rows]
+  assert fit_policy.fit(low).entries == ()
 
 
 def selector_rows(name, length, dense, sparse, git='a', host=1.0):
