@@ -211,6 +211,11 @@ def test_bad_arguments(arg):
     common.parse_arg(arg, n=3)
 
 
+def test_prompts_of_a_benchmark_s_own_file():
+  found = load(ROOT / 'configs' / 'ruler_real.py', 'file=/data/fwe.jsonl')
+  assert found['tasks'] == {'file': {'file': '/data/fwe.jsonl'}}
+
+
 def test_virtual_hosts_are_timed_on_one_device_alone():
   def get(arg):
     return load(ROOT / 'configs' / 'apb_speed.py', arg)
