@@ -10,7 +10,9 @@ it was trained for); `length=`, `method=` (beside dense; several with `/`
 between them), `task=` (likewise), `protocol=` (whole or context_first) narrow a
 piece; `alone` leaves dense out, for pieces that run side by side in workdirs of
 their own and that `experiments.quality_tables` joins; `few` keeps the methods
-that are named in _METHODS; `samples=100` for cells that carry a claim; `smoke`.
+that are named in _METHODS; `samples=100` for cells that carry a claim;
+`file=PATH` takes the prompts of a JSONL file of RULER's own (its name or folder
+names the task) instead of these tasks; `smoke`.
 The weights are files of `.cache/models`, or `--config.model=PATH`; every row
 carries their SHA-256.
 
@@ -53,6 +55,7 @@ def get_config(arg=''):
     length=0,
     method='',
     task='',
+    file='',
     protocol='',
     samples=20,
     few=False,
@@ -70,6 +73,8 @@ def get_config(arg=''):
   if arg.few and not arg.method:
     del config.methods['*']
   config.tasks = common.tasks(arg.task or 'ruler', {})
+  if arg.file:
+    config.tasks = common.table({'file': {'file': arg.file}})
   config.lengths = (arg.length,) if arg.length else lengths
   config.samples = arg.samples
   both = ('whole', 'context_first')

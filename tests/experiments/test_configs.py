@@ -254,6 +254,11 @@ def test_rows_that_tokenselect_has_not_are_refused(name, arg):
     load(ROOT / 'configs' / f'tokenselect_{name}.py', arg)
 
 
+def test_prompts_of_a_benchmark_s_own_file():
+  found = load(ROOT / 'configs' / 'ruler_real.py', 'file=/data/fwe.jsonl')
+  assert found['tasks'] == {'file': {'file': '/data/fwe.jsonl'}}
+
+
 def test_virtual_hosts_are_timed_on_one_device_alone():
   def get(arg):
     return load(ROOT / 'configs' / 'apb_speed.py', arg)
