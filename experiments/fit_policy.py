@@ -10,7 +10,8 @@ kinds are understood, the others passed over:
   measure_prefill   a layer on several devices over dense on one: op 'prefill'
   selector_bench    a prompt's attention, selection included, over our own dense
                     at the same length, which is what runs in its place: at a
-                    share of random keys, vertical_slash on a model's
+                    share of random keys; on a model's: vertical_slash, and
+                    SpargeAttn at a threshold and similarity of its own
 
 A selector's rows have two clocks, inside kernels and from the host, gaps
 between launches included; the one that is worse for it counts. Without lengths
@@ -43,10 +44,10 @@ Row = dict[str, Any]
 # All of policy.Entry down to `crossover`.
 Identity = tuple[str, str, str, int, int, int, int]
 _SELECTED = re.compile(r'(\w+) (1/\d+) of (\w+), (density [\d.]+)')
-# What this one lists follows from a model's keys, not from a share.
+# What these list follows from a model's keys, not from a share.
 _CROSSED = re.compile(
-  r'(vertical_slash_\w+)( )of (\w+), (density [\d.]+), mass [\d.]+'
-  r', keys of \S+'
+  r'(vertical_slash_\w+|sparge_\d+) (threshold [\d.]+ |)of (\w+), '
+  r'(density [\d.]+), mass [\d.]+, keys of \S+'
 )
 
 
@@ -159,7 +160,8 @@ def _selector(
     row['device'].removeprefix('1 x '),
     *(bench.HEADS, bench.KV_HEADS, bench.HEAD_DIM, 16),
   )
-  return identity, length, ratio, f'{share}, {density}'.strip(' ,')
+  setting = ', '.join(filter(None, (share.strip(), density)))
+  return identity, length, ratio, setting
 
 
 def _is_dense(row: Row) -> bool:

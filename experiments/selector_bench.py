@@ -49,7 +49,9 @@ SELECTORS = (
   'xattention_8',
   'sparge',
   'sparge_20',
+  'sparge_60',
   'vertical_slash_128_256',
+  'vertical_slash_1000_6096',
   'a_shape_1024_4096',
   'snapkv_2048',
 )

@@ -154,17 +154,19 @@ def test_a_selector_is_compared_with_the_dense_that_takes_its_place():
   # The worse of two clocks counts.
   assert waiting.crossover == 16384
   assert waiting.evidence[1] == (8192, 0.5, setting)
-  # vertical_slash is weighed on a model's keys, against dense on the same.
+  # What lists by a model's keys is weighed on them, against dense on the same.
   whose = ', keys of m-1.5b'
-  crossed = [
-    row | {'case': row['case'].replace(' 1/8', '') + mass + whose}
-    for n, ms in (('8K', 2.0), ('16K', 0.5))
-    for row in selector_rows('vertical_slash_1_2', n, 1.0, ms)
-    for mass in (', mass 0.9' * ('density' in row['case']),)
-  ]
-  (found,) = fit_policy.fit(crossed + rows[:5]).entries
-  assert (found.method, found.crossover) == ('vertical_slash_1_2', 16384)
-  assert found.evidence[0] == (8192, 0.5, 'density 0.1250')
+  for name, by in ('vertical_slash_1_2', ''), ('sparge_60', ' threshold 0.98'):
+    crossed = [
+      row | {'case': row['case'].replace(' 1/8', by) + mass + whose}
+      for n, ms in (('8K', 2.0), ('16K', 0.5))
+      for row in selector_rows(name, n, 1.0, ms)
+      for mass in (', mass 0.9' * ('density' in row['case']),)
+    ]
+    (found,) = fit_policy.fit(crossed + rows[:5]).entries
+    assert (found.method, found.crossover) == (name, 16384)
+    setting = f'{by}, density 0.1250'.strip(' ,')
+    assert found.evidence[0] == (8192, 0.5, setting)
   # Dense rows of other code or another length are no rivals.
   alone = [row for row in rows if not row['case'].startswith('dense')]
   other = selector_rows('other', '4K', 1.0, 1.0, git='b')

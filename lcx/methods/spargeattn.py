@@ -41,7 +41,9 @@ class SpargePrefill(BlockPrefill):
 
   @property
   def measured_as(self) -> str:
-    return 'sparge' if self.similarity <= ALL_TRUSTED else ''
+    if self.similarity <= ALL_TRUSTED:
+      return 'sparge'
+    return f'sparge_{100 * self.similarity:g}'
 
   def full_budget(self, length: int) -> dict[str, Any]:
     return {'threshold': 1.0, 'density': None}

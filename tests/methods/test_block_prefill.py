@@ -137,6 +137,14 @@ def test_an_entry_is_read_where_it_fits(monkeypatch, name):
   assert selects(monkeypatch, part)
 
 
+def test_spargeattn_reads_the_entry_of_its_similarity(monkeypatch):
+  part = tight('spargeattn', dense_below=AS_MEASURED, similarity=0.2)
+  for name, want in ('sparge_20', False), ('sparge', True), ('sparge_60', True):
+    found = measured(name, 129)
+    monkeypatch.setattr(policy, 'load', lambda found=found: found)
+    assert selects(monkeypatch, part) == want
+
+
 def test_another_device_or_shape_has_no_entry(monkeypatch):
   part = tight('spargeattn', dense_below=AS_MEASURED)
   for found in (
