@@ -21,6 +21,7 @@ from lcx.methods import shards
 from lcx.methods.base import Context, Decode, Method, Prefill, Rope, Trace
 from lcx.methods.dense import decode_trace, dense_pairs
 from lcx.methods.listed_pages import attend_listed
+from lcx.select.audit import sampled_mass
 
 SINK, RECENT = 4, 1020
 
@@ -51,17 +52,19 @@ class StreamingPrefill(Prefill):
     batch, length, heads, _ = q.shape
     rotated = rope(k, ctx.positions)
     cache = shards.store(cache, k, rotated, v, ctx)
-    out, _ = block_sparse(
-      rope(q, ctx.positions),
-      *shards.gather_sequence(rotated, v, ctx.axes),
-      streaming_blocks(batch, heads, length, self.sink, self.recent),
-      q_start=shards.first_query(length, batch, ctx.axes),
-      lengths=ctx.lengths,
-      sliding_window=ctx.sliding_window,
-    )
+    turned = rope(q, ctx.positions)
+    keys, values = shards.gather_sequence(rotated, v, ctx.axes)
+    where = {
+      'q_start': shards.first_query(length, batch, ctx.axes),
+      'lengths': ctx.lengths,
+      'sliding_window': ctx.sliding_window,
+    }
+    lists = streaming_blocks(batch, heads, length, self.sink, self.recent)
+    out, lse = block_sparse(turned, keys, values, lists, **where)
     trace = None
     if ctx.trace:
-      trace = Trace(seen(self, q, ctx), dense_pairs(q, ctx))
+      mass = sampled_mass(turned, keys, lse, **where)
+      trace = Trace(seen(self, q, ctx), dense_pairs(q, ctx), mass=mass)
     return out, cache, trace
 
 

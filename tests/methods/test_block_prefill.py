@@ -125,6 +125,16 @@ def test_short_prompts_are_read_densely_long_ones_are_not(monkeypatch):
   assert trace.mass < 1000 * HEADS
 
 
+def test_a_window_says_what_it_captures():
+  part = methods.get_method('a_shape').prefill
+  mass = [
+    float(jax.jit(layer(p, 256))([200])[1].mass[0]) / (200 * HEADS)
+    for p in (part.at_full_budget(256), part.at_tight_budget(256))
+  ]
+  np.testing.assert_allclose(mass[0], 1, rtol=1e-5)
+  assert 0.1 < mass[1] < 0.9
+
+
 @pytest.mark.parametrize('name', SELECTORS)
 def test_an_entry_is_read_where_it_fits(monkeypatch, name):
   part = tight(name, dense_below=AS_MEASURED)
