@@ -4,7 +4,10 @@ What `lcx.models.transformer` says in array operations, for the case where their
 launches take longer than their work: norms, bias, gate and residual sums are
 parts of the products (`kernels_pallas.decode_matmul`), but for the norm before
 a wide model's feed-forward, a launch of its own (`kernels_pallas.add_norm`).
+Of w8a8 matrices (`low_bit`) the products make the token's codes, too.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,30 +16,38 @@ from jaxtyping import Array, Float, Int32
 from kernels_pallas import add_norm, decode_matmul
 from kernels_pallas.append_token import Joint
 from lcx.models.config import ModelConfig
+from lcx.models.low_bit import LowBit
 from lcx.models.transformer import make_rope, normed_qkv
 
-_MATRICES = ('qkv', 'o', 'gate_up', 'down')
 # From so many inputs on, a norm that each program of a product makes anew costs
 # more than one launch that makes it once.
 WIDE = 2048
 
 
-def serves(layer: dict[str, jax.Array], x: Float[Array, 'B T D']) -> bool:
+def serves(layer: dict[str, Any], x: Float[Array, 'B T D']) -> bool:
   """Whether the functions here can take the layer's place on this device."""
-  return decode_matmul.serves(
-    x.shape[0] * x.shape[1], *(layer[name] for name in _MATRICES)
-  )
+  matrices = [layer[name] for name in ('qkv', 'gate_up', 'down')]
+  matrices.append(layer['o'].reshape(x.shape[-1], -1))
+  tokens = x.shape[0] * x.shape[1]
+  return decode_matmul.serves(tokens, *map(_operand, matrices))
+
+
+def _operand(w):
+  """A matrix as `decode_matmul` takes it, if it does."""
+  if isinstance(w, LowBit) and w.kind == 'w8a8':
+    return decode_matmul.Codes(w.array.qvalue, w.array.scale)
+  return w
 
 
 def attention_inputs(
-  layer: dict[str, jax.Array], x: Float[Array, '1 1 D'], config: ModelConfig
+  layer: dict[str, Any], x: Float[Array, '1 1 D'], config: ModelConfig
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """As `transformer.attention_inputs`."""
   with jax.named_scope('attention_inputs'):
     bias = layer['qkv_bias'].reshape(-1) if config.qkv_bias else None
     qkv = decode_matmul.matmul(
       x.reshape(-1),
-      layer['qkv'].reshape(-1, config.d_model),
+      _operand(layer['qkv'].reshape(-1, config.d_model)),
       norm=layer['attention_norm'],
       eps=config.norm_eps,
       add=bias,
@@ -46,7 +57,7 @@ def attention_inputs(
 
 
 def rotated_inputs(
-  layer: dict[str, jax.Array],
+  layer: dict[str, Any],
   x: Float[Array, '1 1 D'],
   positions: Int32[Array, '1 1'],
   config: ModelConfig,
@@ -59,7 +70,7 @@ def rotated_inputs(
     unit = jnp.concatenate([jnp.ones(half), jnp.zeros(half)])
     array = decode_matmul.rotated_matmul(
       x.reshape(-1),
-      layer['qkv'],
+      _operand(layer['qkv']),
       # What the rotation makes of (1, 0): cosines, then sines.
       make_rope(config)(unit[None, None, None], positions).reshape(2, half),
       norm=layer['attention_norm'],
@@ -70,7 +81,7 @@ def rotated_inputs(
 
 
 def layer_output(
-  layer: dict[str, jax.Array],
+  layer: dict[str, Any],
   x: Float[Array, '1 1 D'],
   attention: Float[Array, '1 1 N H'],
   config: ModelConfig,
@@ -78,7 +89,9 @@ def layer_output(
   """As `transformer.layer_output`."""
   attention = attention.astype(x.dtype).reshape(-1)
   before, eps = x.reshape(-1), config.norm_eps
-  o, scale = layer['o'].reshape(config.d_model, -1), layer['ff_norm']
+  o = _operand(layer['o'].reshape(config.d_model, -1))
+  gate_up, down = _operand(layer['gate_up']), _operand(layer['down'])
+  scale = layer['ff_norm']
   wide = config.d_model >= WIDE and add_norm.serves(config.d_model)
   with jax.named_scope('attention_output'):
     if wide:
@@ -89,5 +102,5 @@ def layer_output(
       total = y = decode_matmul.matmul(attention, o, add=before)
       norm = scale
   with jax.named_scope('feed_forward'):
-    y = decode_matmul.gated_matmul(y, layer['gate_up'], norm=norm, eps=eps)
-    return decode_matmul.matmul(y, layer['down'], add=total).reshape(x.shape)
+    y = decode_matmul.gated_matmul(y, gate_up, norm=norm, eps=eps)
+    return decode_matmul.matmul(y, down, add=total).reshape(x.shape)
