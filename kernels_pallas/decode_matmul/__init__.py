@@ -16,16 +16,16 @@ import jax.numpy as jnp
 
 from kernels_pallas import dispatch
 from kernels_pallas.decode_matmul.gpu import (
+  Codes,
   MatmulSizes,
-  Scaled,
   gated_matmul,
   matmul,
   rotated_matmul,
 )
 
 __all__ = [
+  'Codes',
   'MatmulSizes',
-  'Scaled',
   'gated_matmul',
   'matmul',
   'rotated_matmul',
@@ -33,6 +33,8 @@ __all__ = [
 ]
 
 MAX_INPUTS = 32768  # a program holds a row of the matrix, and all of x
+# Of codes: 16 are one load, and each thread of 4 warps has 4 of a row.
+STEP, MIN_INPUTS = 16, 512
 
 
 def serves(rows: int, *matrices: Any) -> bool:
@@ -41,20 +43,23 @@ def serves(rows: int, *matrices: Any) -> bool:
   Args:
     rows: tokens of a call.
     *matrices: outputs first, [*M D]; one that is neither a plain array of a
-      16-bit float nor `Scaled` is not served.
+      16-bit float nor `Codes` is not served.
   """
   if not dispatch.prefers('gpu') or rows != 1:
     return False
+  return all(
+    (_are_codes(w) or _is_16_bit(w))
+    and w.shape[-1] <= MAX_INPUTS
+    and w.shape[0] % 2 == 0
+    for w in matrices
+  )
 
-  def fits(w: Any) -> bool:
-    codes, dtypes = w, (jnp.bfloat16, jnp.float16)
-    if isinstance(w, Scaled):
-      codes, dtypes = w.codes, (jnp.int8,)
-    return (
-      isinstance(codes, jax.Array)
-      and codes.dtype in dtypes
-      and codes.shape[-1] <= MAX_INPUTS
-      and codes.shape[0] % 2 == 0
-    )
 
-  return all(map(fits, matrices))
+def _are_codes(w):
+  if not isinstance(w, Codes):
+    return False
+  return w.shape[-1] >= MIN_INPUTS and w.shape[-1] % STEP == 0
+
+
+def _is_16_bit(w):
+  return isinstance(w, jax.Array) and w.dtype in (jnp.bfloat16, jnp.float16)

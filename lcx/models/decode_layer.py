@@ -4,8 +4,7 @@ What `lcx.models.transformer` says in array operations, for the case where their
 launches take longer than their work: norms, bias, gate and residual sums are
 parts of the products (`kernels_pallas.decode_matmul`), but for the norm before
 a wide model's feed-forward, a launch of its own (`kernels_pallas.add_norm`).
-Matrices of `lcx.models.low_bit` are served where they are of kind 'w8a8'; the
-token is not quantised then.
+Of w8a8 matrices (`low_bit`) the products make the token's codes, too.
 """
 
 from typing import Any
@@ -20,29 +19,28 @@ from lcx.models.config import ModelConfig
 from lcx.models.low_bit import LowBit
 from lcx.models.transformer import make_rope, normed_qkv
 
-_MATRICES = ('qkv', 'o', 'gate_up', 'down')
 # From so many inputs on, a norm that each program of a product makes anew costs
 # more than one launch that makes it once.
 WIDE = 2048
 
 
-def serves(layer: dict[str, jax.Array], x: Float[Array, 'B T D']) -> bool:
+def serves(layer: dict[str, Any], x: Float[Array, 'B T D']) -> bool:
   """Whether the functions here can take the layer's place on this device."""
-  return decode_matmul.serves(
-    x.shape[0] * x.shape[1], *(_operand(layer[name]) for name in _MATRICES)
-  )
+  matrices = [layer[name] for name in ('qkv', 'gate_up', 'down')]
+  matrices.append(layer['o'].reshape(x.shape[-1], -1))
+  tokens = x.shape[0] * x.shape[1]
+  return decode_matmul.serves(tokens, *map(_operand, matrices))
 
 
-def _operand(matrix: Any) -> Any:
-  """What a launch takes for a matrix [*M D]; itself, where none does."""
-  if isinstance(matrix, LowBit) and matrix.kind == 'w8a8':
-    codes, scale = matrix.array.qvalue, matrix.array.scale
-    return decode_matmul.Scaled(codes, scale[..., 0])
-  return matrix
+def _operand(w):
+  """A matrix as `decode_matmul` takes it, if it does."""
+  if isinstance(w, LowBit) and w.kind == 'w8a8':
+    return decode_matmul.Codes(w.array.qvalue, w.array.scale)
+  return w
 
 
 def attention_inputs(
-  layer: dict[str, jax.Array], x: Float[Array, '1 1 D'], config: ModelConfig
+  layer: dict[str, Any], x: Float[Array, '1 1 D'], config: ModelConfig
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """As `transformer.attention_inputs`."""
   with jax.named_scope('attention_inputs'):
@@ -59,7 +57,7 @@ def attention_inputs(
 
 
 def rotated_inputs(
-  layer: dict[str, jax.Array],
+  layer: dict[str, Any],
   x: Float[Array, '1 1 D'],
   positions: Int32[Array, '1 1'],
   config: ModelConfig,
@@ -83,7 +81,7 @@ def rotated_inputs(
 
 
 def layer_output(
-  layer: dict[str, jax.Array],
+  layer: dict[str, Any],
   x: Float[Array, '1 1 D'],
   attention: Float[Array, '1 1 N H'],
   config: ModelConfig,
@@ -91,7 +89,9 @@ def layer_output(
   """As `transformer.layer_output`."""
   attention = attention.astype(x.dtype).reshape(-1)
   before, eps = x.reshape(-1), config.norm_eps
-  o, scale = _operand(layer['o'].reshape(config.d_model, -1)), layer['ff_norm']
+  o = _operand(layer['o'].reshape(config.d_model, -1))
+  gate_up, down = _operand(layer['gate_up']), _operand(layer['down'])
+  scale = layer['ff_norm']
   wide = config.d_model >= WIDE and add_norm.serves(config.d_model)
   with jax.named_scope('attention_output'):
     if wide:
@@ -102,9 +102,5 @@ def layer_output(
       total = y = decode_matmul.matmul(attention, o, add=before)
       norm = scale
   with jax.named_scope('feed_forward'):
-    y = decode_matmul.gated_matmul(
-      y, _operand(layer['gate_up']), norm=norm, eps=eps
-    )
-    return decode_matmul.matmul(y, _operand(layer['down']), add=total).reshape(
-      x.shape
-    )
+    y = decode_matmul.gated_matmul(y, gate_up, norm=norm, eps=eps)
+    return decode_matmul.matmul(y, down, add=total).reshape(x.shape)

@@ -10,7 +10,7 @@ import pytest
 
 from kernels_pallas import add_norm, decode_matmul, dispatch
 from kernels_pallas.append_token import Joint
-from kernels_pallas.decode_matmul import MatmulSizes, Scaled, gpu
+from kernels_pallas.decode_matmul import MatmulSizes, gpu
 from lcx.cache.base import CacheShape
 from lcx.engine import steps
 from lcx.engine.plan import Plan
@@ -44,6 +44,28 @@ def _operands(inputs, *outputs, dtype=jnp.bfloat16):
   return rng, x, jnp.asarray(w, dtype), scale
 
 
+def _coded(w):
+  """The matrix in int8, and what its codes stand for, in float64."""
+  step = np.abs(oracle.wide(w)).max(axis=-1, keepdims=True) / 127.5
+  codes = np.clip(np.round(oracle.wide(w) / step), -128, 127)
+  step = step.astype(np.float32)
+  matrix = decode_matmul.Codes(jnp.asarray(codes, jnp.int8), jnp.asarray(step))
+  return matrix, codes * oracle.wide(step)
+
+
+def _quantised(y):
+  step = np.abs(y).max() / 127.5
+  return np.clip(np.round(y / step), -128, 127) * step
+
+
+def _both(w, y, coded):
+  """A matrix and a vector as a kernel takes them, and in float64."""
+  if not coded:
+    return w, oracle.wide(w), y
+  w, wide = _coded(w)
+  return w, wide, _quantised(y)
+
+
 def _assert_close(got, want, dtype):
   tolerance = oracle.TOLERANCE[jnp.dtype(dtype).name][0]
   size = max(1.0, np.max(np.abs(want)))
@@ -52,7 +74,7 @@ def _assert_close(got, want, dtype):
   )
 
 
-def _matmul(name, dtype, normed, interpret):
+def _matmul(name, dtype, normed, interpret, coded=False):
   outputs, inputs = SIZES[name]
   rng, x, w, scale = _operands(inputs, outputs, dtype=dtype)
   norm = scale if normed else None
@@ -61,19 +83,21 @@ def _matmul(name, dtype, normed, interpret):
     functools.partial(gpu.matmul, norm=norm, eps=EPS, interpret=interpret)
   )
   y = oracle.wide(x) if norm is None else _norm(x, norm)
-  want = oracle.wide(w) @ y
+  w, wide, y = _both(w, y, coded)
+  want = wide @ y
   _assert_close(run(x, w), want, dtype)
   _assert_close(run(x, w, add=add), want + oracle.wide(add), dtype)
 
 
-def _gated(outputs, inputs, interpret):
+def _gated(outputs, inputs, interpret, coded=False):
   _, x, w, scale = _operands(inputs, outputs, 2)
+  w, wide, y = _both(w, _norm(x, scale), coded)
   got = jax.jit(
     functools.partial(
       gpu.gated_matmul, norm=scale, eps=EPS, interpret=interpret
     )
   )(x, w)
-  gate, up = np.einsum('d,fcd->cf', _norm(x, scale), oracle.wide(w))
+  gate, up = np.einsum('d,fcd->cf', y, wide)
   _assert_close(got, gate / (1 + np.exp(-gate)) * up, jnp.bfloat16)
 
 
@@ -89,17 +113,31 @@ def test_gated_matmul(outputs, inputs):
   _gated(outputs, inputs, interpret=True)
 
 
-def _rotated(heads, width, dim, inputs, interpret):
+def test_codes():
+  _matmul('down', jnp.float16, False, interpret=True, coded=True)
+  _gated(6, 576, interpret=True, coded=True)
+  _rotated(1, 3, 8, 576, interpret=True, coded=True)
+
+
+def test_a_token_of_zeros_has_codes():
+  w = decode_matmul.Codes(jnp.ones((2, 512), jnp.int8), jnp.ones((2, 1)))
+  zeros = jnp.zeros(512, jnp.bfloat16)
+  got = gpu.matmul(zeros, w, add=jnp.ones(2), interpret=True)
+  chex.assert_trees_all_equal(got, jnp.ones(2, jnp.bfloat16))
+
+
+def _rotated(heads, width, dim, inputs, interpret, coded=False):
   rng, x, w, scale = _operands(inputs, heads, width, dim)
   bias = cases.floats(rng, (heads, width, dim), jnp.bfloat16)
   angle = rng.uniform(0, 7, dim // 2)
   turn = np.array([np.cos(angle), np.sin(angle)], np.float32)
+  w, wide, y = _both(w, _norm(x, scale), coded)
   got = jax.jit(
     functools.partial(
       gpu.rotated_matmul, norm=scale, eps=EPS, interpret=interpret
     )
   )(x, w, turn, add=bias)
-  y = oracle.wide(w) @ _norm(x, scale) + oracle.wide(bias)
+  y = wide @ y + oracle.wide(bias)
   a, b = np.split(y, 2, axis=-1)
   turned = np.concatenate(
     [a * turn[0] - b * turn[1], b * turn[0] + a * turn[1]], axis=-1
@@ -115,85 +153,81 @@ def test_rotated_matmul(heads, width, dim, inputs):
   _rotated(heads, width, dim, inputs, interpret=True)
 
 
-def _codes(inputs, outputs, interpret):
-  """All three of codes: as of the matrix that these stand for."""
-  rng, x, _, norm = _operands(inputs, 1)
-  run = functools.partial(jax.jit, static_argnames=('eps', 'interpret'))
-  more = {'norm': norm, 'eps': EPS, 'interpret': interpret}
-
-  def draw(*shape):
-    codes = rng.integers(-127, 128, (*shape, inputs)).astype(np.int8)
-    scale = rng.uniform(0.5, 1.5, shape) * inputs**-0.5 / 127
-    scale = scale.astype(np.float32)
-    w = Scaled(jnp.asarray(codes), jnp.asarray(scale))
-    return w, (codes * scale[..., None].astype(float)) @ _norm(x, norm)
-
-  w, want = draw(outputs)
-  _assert_close(run(gpu.matmul)(x, w, **more), want, jnp.bfloat16)
-  w, want = draw(outputs, 2)
-  want = want[:, 0] / (1 + np.exp(-want[:, 0])) * want[:, 1]
-  _assert_close(run(gpu.gated_matmul)(x, w, **more), want, jnp.bfloat16)
-  w, want = draw(2, 3, 16)
-  still = np.stack([np.ones(8), np.zeros(8)]).astype(np.float32)
-  want = want.swapaxes(0, 1).reshape(-1, 16)
-  got = run(gpu.rotated_matmul)(x, w, still, **more)
-  _assert_close(got, want, jnp.bfloat16)
-
-
-def test_codes():
-  _codes(896, 24, interpret=True)
+@pytest.mark.gpu
+@pytest.mark.parametrize('coded', [False, True])
+@pytest.mark.parametrize('name', SIZES)
+def test_on_a_gpu(name, coded):
+  _rotated(2, 9, 64, SIZES[name][1], interpret=False, coded=coded)
+  for normed in (False, True):
+    _matmul(name, jnp.bfloat16, normed, interpret=False, coded=coded)
+  _gated(*SIZES[name], interpret=False, coded=coded)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize('name', SIZES)
-def test_on_a_gpu(name):
-  _codes(SIZES[name][1], SIZES[name][0], interpret=False)
-  _rotated(2, 9, 64, SIZES[name][1], interpret=False)
-  _matmul(name, jnp.bfloat16, True, interpret=False)
-  _gated(*SIZES[name], interpret=False)
+@pytest.mark.parametrize(
+  ('outputs', 'inputs'), [(6, 512), (64, 4096), (16, 14336)]
+)
+def test_codes_are_multiplied_without_error_on_a_gpu(outputs, inputs):
+  _whole(outputs, inputs, interpret=False)
+
+
+def test_codes_are_multiplied_without_error():
+  _whole(2, 512, interpret=True)
+
+
+def _whole(outputs, inputs, interpret):
+  """Products of whole numbers, of which a GPU takes four an instruction."""
+  rng = np.random.default_rng(0)
+  codes = rng.integers(-128, 128, (outputs, inputs)).astype(np.int8)
+  x = rng.integers(-127, 128, inputs).astype(np.float32)
+  w = decode_matmul.Codes(jnp.asarray(codes), jnp.ones((outputs, 1)))
+  x[0] = 127.5  # a code stands for 1 then, and the largest for this
+  got = gpu.matmul(jnp.asarray(x), w, interpret=interpret)
+  want = codes.astype(np.float64) @ np.minimum(x, 127)
+  chex.assert_trees_all_close(oracle.wide(got), want, rtol=1e-6)
+
+
+@pytest.mark.h100_aot
+@pytest.mark.parametrize('coded', [False, True])
+def test_a_wide_layers_products_lower(coded):
+  device = jax.sharding.AbstractDevice('NVIDIA H100 80GB HBM3', 132, 'gpu')
+  mesh = jax.sharding.AbstractMesh((1,), ('one',), abstract_device=device)
+
+  def of(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+  def matrix(*shape):
+    if not coded:
+      return of(*shape)
+    steps = of(*shape[:-1], 1, dtype=jnp.float32)
+    return decode_matmul.Codes(of(*shape, dtype=jnp.int8), steps)
+
+  def run(x, y, norm, qkv, turn, o, gate_up, down):
+    return (
+      gpu.rotated_matmul(x, qkv, turn, norm=norm, eps=EPS),
+      gpu.matmul(x, o, add=x),
+      gpu.gated_matmul(x, gate_up),
+      gpu.matmul(y, down, add=x),
+    )
+
+  x, y, turn = of(4096), of(14336), of(2, 64, dtype=jnp.float32)
+  matrices = matrix(8, 6, 128, 4096), turn, matrix(4096, 4096)
+  wide = matrix(14336, 2, 4096), matrix(4096, 14336)
+  with jax.sharding.use_abstract_mesh(mesh):
+    traced = jax.jit(run).trace(x, y, x, *matrices, *wide)
+    text = traced.lower(lowering_platforms=('cuda',)).as_text()
+  assert text.count('__gpu$xla.gpu.triton') == 4
 
 
 def test_sizes():
   assert MatmulSizes().filled(1152, 896, 4, 2) == MatmulSizes(4, 2, 1024)
   assert MatmulSizes(2, 8).filled(1152, 4096, 4, 2) == MatmulSizes(2, 8, 2048)
   assert MatmulSizes(rows=4).filled(6, 64, 1, 1).rows == 2
+  # As many bytes of smaller numbers.
+  assert MatmulSizes().filled(64, 64, 2, 1, itemsize=1).rows == 4
+  assert MatmulSizes().filled(64, 64, 1, 1, itemsize=4).rows == 1
   # Rows that no power of two above 1 divides.
   assert MatmulSizes().filled(5, 64, 4, 1).rows == 1
-
-
-def test_codes_take_twice_the_rows():
-  w = Scaled(jnp.zeros((64, 64), jnp.int8), jnp.ones(64))
-  assert MatmulSizes().filled(64, 64, 2, 1, w).rows == 4
-  assert MatmulSizes(rows=2).filled(64, 64, 1, 1, w).rows == 2
-
-
-@pytest.mark.long
-def test_a_layer_of_codes_takes_them(monkeypatch):
-  """As the layer's own lines say, which quantise the token, too."""
-  pytest.importorskip('qwix')
-  for name in ('matmul', 'gated_matmul', 'rotated_matmul'):
-    run = functools.partial(getattr(gpu, name), interpret=True)
-    monkeypatch.setattr(decode_matmul, name, run)
-  monkeypatch.setattr(dispatch, '_order', lambda: ('gpu', 'xla'))
-  config = preset('tiny', n_layers=1, dtype='float32')
-  weights = transformer.init(config, jax.random.key(0))
-  x = jax.random.normal(jax.random.key(1), (1, 1, config.d_model))
-  heads = (1, 1, config.n_heads, config.head_dim)
-  attention = jax.random.normal(jax.random.key(2), heads)
-  served = {'w8a8': True, 'w4a16': False}
-  for kind, serves in served.items():
-    (layer,) = low_bit.quantise(weights, kind).layers
-    assert decode_layer.serves(layer, x) is serves
-  (layer,) = low_bit.quantise(weights, 'w8a8').layers
-  for name, given in (
-    ('attention_inputs', (x,)),
-    ('layer_output', (x, attention)),
-  ):
-    got = getattr(decode_layer, name)(layer, *given, config)
-    want = getattr(transformer, name)(layer, *given, config)
-    for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
-      error = jnp.linalg.norm(mine - theirs) / jnp.linalg.norm(theirs)
-      assert mine.shape == theirs.shape and 0 < float(error) < 0.015
 
 
 def test_what_is_not_served(monkeypatch):
@@ -205,20 +239,80 @@ def test_what_is_not_served(monkeypatch):
   assert not decode_matmul.serves(1, w, w.astype(jnp.float32))
   assert not decode_matmul.serves(1, {'code': w})
   assert not decode_matmul.serves(1, w[:3])
-  codes = Scaled(w.astype(jnp.int8), jnp.ones((64, 2)))
-  assert decode_matmul.serves(1, codes, w)
-  assert not decode_matmul.serves(1, codes._replace(codes=w))
+  # Codes, of which a thread must find four beside each other in a row.
+  codes = decode_matmul.Codes(jnp.zeros((64, 520), jnp.int8), jnp.ones((64, 1)))
+  assert not decode_matmul.serves(1, codes)
+  assert decode_matmul.serves(1, codes._replace(codes=codes.codes[:, :512]))
+  assert not decode_matmul.serves(1, codes._replace(codes=codes.codes[:, :496]))
+
+
+@pytest.mark.parametrize('kind', low_bit.KINDS)
+def test_which_low_bits_a_layer_takes(kind, monkeypatch):
+  pytest.importorskip('qwix')
+  monkeypatch.setattr(dispatch, '_order', lambda: ('gpu', 'xla'))
+  config = preset('tiny', d_model=512, d_ff=512, n_heads=8, head_dim=64)
+  config = config.replace(dtype='bfloat16')
+  layer = jax.eval_shape(
+    lambda: transformer.init(config, jax.random.key(0)).layers[0]
+  )
+  few = jax.eval_shape(lambda x: _few_bits(x, kind), layer)
+  seen = []
+
+  def note(layer, x):
+    seen.append(decode_layer.serves(layer, x))
+
+  x = jax.ShapeDtypeStruct((1, 1, 512), jnp.bfloat16)
+  jax.eval_shape(note, layer, x)
+  jax.eval_shape(note, few, x)
+  assert seen == [True, kind == 'w8a8']
+
+
+def _few_bits(layer, kind='w8a8'):
+  return {
+    name: low_bit.matrix(w, kind, low_bit._INPUTS[name])
+    if name in low_bit._INPUTS
+    else w
+    for name, w in layer.items()
+  }
+
+
+def test_a_layer_of_codes_is_the_transformers(monkeypatch):
+  pytest.importorskip('qwix')
+  config = preset('tiny')
+  rng = np.random.default_rng(0)
+  shapes = transformer.abstract(config).layers[0].items()
+  layer = {n: cases.floats(rng, w.shape, jnp.float32) for n, w in shapes}
+  layer = jax.jit(_few_bits)(layer)
+  x = cases.floats(rng, (1, 1, config.d_model), jnp.float32)
+  heads = (1, 1, config.n_heads, config.head_dim)
+  attention = cases.floats(rng, heads, jnp.float32)
+  _interpret(monkeypatch)
+  want, got = (
+    jax.jit(functools.partial(where.layer_output, config=config))(
+      layer, x, attention
+    )
+    for where in (transformer, decode_layer)
+  )
+  chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def _interpret(monkeypatch):
+  for name in ('matmul', 'gated_matmul', 'rotated_matmul'):
+    run = functools.partial(getattr(gpu, name), interpret=True)
+    monkeypatch.setattr(decode_matmul, name, run)
 
 
 @pytest.mark.parametrize(
-  ('bias', 'wide'),
+  ('bias', 'wide', 'coded'),
   [
-    (True, True),
-    pytest.param(True, False, marks=pytest.mark.long),
-    pytest.param(False, False, marks=pytest.mark.long),
+    (True, True, False),
+    pytest.param(True, True, True, marks=pytest.mark.long),
+    pytest.param(True, False, False, marks=pytest.mark.long),
+    pytest.param(False, False, False, marks=pytest.mark.long),
+    pytest.param(False, False, True, marks=pytest.mark.long),
   ],
 )
-def test_a_decode_step_takes_them(bias, wide, monkeypatch):
+def test_a_decode_step_takes_them(bias, wide, coded, monkeypatch):
   # No other test's configuration: its programs must not be found again.
   eps = 8e-5 if wide else 7e-5
   config = preset('tiny', norm_eps=eps, qkv_bias=bias, qk_norm=not bias)
@@ -234,6 +328,9 @@ def test_a_decode_step_takes_them(bias, wide, monkeypatch):
       layer[name] += 0.1 * jax.random.normal(
         jax.random.key(1), layer[name].shape
       )
+  if coded:
+    pytest.importorskip('qwix')
+    weights = low_bit.quantise(weights, 'w8a8')
   shape = CacheShape(1, config.n_kv_heads, config.head_dim, 64, 'float32')
   caches = tuple(method.cache.init(shape) for _ in weights.layers)
   states = tuple(method.decode.init_state(shape) for _ in weights.layers)
@@ -250,9 +347,7 @@ def test_a_decode_step_takes_them(bias, wide, monkeypatch):
 
   want, launches, _ = scores(jnp.array([[3]]))
   assert launches == 0
-  for name in ('matmul', 'gated_matmul', 'rotated_matmul'):
-    run = functools.partial(getattr(gpu, name), interpret=True)
-    monkeypatch.setattr(decode_matmul, name, run)
+  _interpret(monkeypatch)
   monkeypatch.setattr(decode_layer, 'serves', lambda layer, x: x.shape[1] == 1)
   if wide:
     run = functools.partial(add_norm.gpu.add_norm, interpret=True)
