@@ -17,7 +17,7 @@ exact products. Threads that share a layer's queries: --config.jobs (0: as many
 as cores; heads at least), and others over the same index: --config.more_jobs.
 Tokens join the indexes by 512: --config.repeats=600 sees a step that waits for
 that (`longest_ms`). A device of less memory: JAX takes no more than a share of
-it where XLA_PYTHON_CLIENT_MEM_FRACTION says so; rows say how many bytes that
+it where XLA_CLIENT_MEM_FRACTION says so; rows say how many bytes that
 are (`limit_bytes`).
 Caches are filled once; kinds: --config.kinds="('graph', 'flat')". A head of
 100K keys took a core 47 to 66 s to build with HNSW and up to 14 s with IVF, and

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental import io_callback
 from jaxtyping import Array, Bool, Float, Int32
 
@@ -256,22 +257,28 @@ class HostCache:
       ready: what `index` returned.
     """
     batch, t, n, h = q.shape
-    # Each array that goes or comes is a copy of its own, and costs more than
-    # its bytes.
     count = self.ring.used - used
     numbers = jnp.stack([self.handles, used, count], axis=1)
     asked = jnp.concatenate([q, lse[..., None]], axis=3, dtype=jnp.float32)
+    numbers = [numbers, positions, ready]
+    numbers = jnp.concatenate(numbers, axis=1, dtype=jnp.int32)
+    new = jnp.concatenate([_narrow(k), _narrow(v)], axis=2)
     size = t * n * (h + 2)
-    rows, found = io_callback(
-      functools.partial(host_calls.attend, search=search, host=self.config),
-      (
-        jax.ShapeDtypeStruct((batch, 2), jnp.int32),
-        jax.ShapeDtypeStruct((batch, size + len(STATS)), jnp.float32),
+    # Each array that goes or comes is a copy of its own, and costs more than
+    # its bytes: one goes, one comes, of their bits.
+    found = io_callback(
+      functools.partial(
+        host_calls.attend_bits,
+        shape=(t, n, k.shape[2], h),
+        dtype=new.dtype,
+        search=search,
+        host=self.config,
       ),
-      jnp.concatenate([numbers, positions, ready], axis=1, dtype=jnp.int32),
-      jnp.concatenate([_narrow(k), _narrow(v)], axis=2),
-      asked,
+      jax.ShapeDtypeStruct((batch, 2 + size + len(STATS)), jnp.int32),
+      jnp.concatenate([_bits(numbers), _bits(asked), _bits(new)], axis=1),
     )
+    rows = found[:, :2]
+    found = lax.bitcast_convert_type(found[:, 2:], jnp.float32)
     stats, found = found[:, size:], found[:, :size].reshape(batch, t, n, h + 2)
     found = Attended(found[..., :h], found[..., h], found[..., h + 1], stats)
     return self._after(self.ring, rows[:, 0], rows[:, 1]), found
@@ -421,6 +428,13 @@ def _narrow(x: Array) -> Array:
     return x
   most = float(jnp.finfo(jnp.float16).max)
   return jnp.clip(x, -most, most).astype(jnp.float16)
+
+
+def _bits(x: Array) -> Int32[Array, 'B w']:
+  """Each row's elements, of 32 or 16 bits, as int32."""
+  pairs = (2,) if x.dtype.itemsize == 2 else ()
+  x = x.reshape(x.shape[0], -1, *pairs)
+  return lax.bitcast_convert_type(x, jnp.int32)
 
 
 def _like(x) -> jax.ShapeDtypeStruct:

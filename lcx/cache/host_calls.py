@@ -275,6 +275,29 @@ def attend(numbers, new, asked, *, search, host):
   return np.stack([handles, fault], axis=1), packed
 
 
+def attend_bits(bits, *, shape, dtype, search, host):
+  """`attend` of one array, to one.
+
+  Args:
+    bits: int32 [B w] of each row's `numbers`, `asked` and `new`, one behind
+      the other.
+    shape: (T, N, K, H).
+    dtype: of `new`.
+    search: how.
+    host: the cache's `Host`.
+
+  Returns:
+    int32 [B 2+m] of a row's handle and fault, then bits of its [m] floats.
+  """
+  bits, (t, n, kv, h) = np.asarray(bits), shape
+  ends = np.cumsum([3 + t + kv, t * n * (h + 1)])
+  numbers, asked, new = np.split(bits, ends, axis=1)
+  asked = asked.view(np.float32).reshape(-1, t, n, h + 1)
+  new = new.view(dtype).reshape(-1, t, 2 * kv, h)
+  rows, found = attend(numbers, new, asked, search=search, host=host)
+  return np.concatenate([rows, found.view(np.int32)], axis=1, dtype=np.int32)
+
+
 def index(handles, used, near, *, numbers, search, folder, host):
   """Hands every row to the builders: faults int32 [B K]."""
   handles = np.asarray(handles)

@@ -18,6 +18,7 @@ A search is widened where it may have failed, for the queries concerned alone:
 
 import concurrent.futures
 import dataclasses
+import itertools
 import os
 import threading
 import time
@@ -125,7 +126,7 @@ class Row:
     self.used, self.indexed, self.build_s = 0, (0, 0), 0.0
     self.reserved = self.growing = 0
     self.indexes: list[vi.Index] = []
-    self.calibrations: list[Calibration] = []
+    self.calibration: Calibration | None = None
     self.lock = threading.Lock()
     self._sample = np.zeros((0,), np.int64)
     self._slot = np.zeros((0,), np.int16)
@@ -214,7 +215,7 @@ class Row:
         made of; '': nowhere.
     """
     self._build, self.indexes, self.indexed = [], [], (first, first)
-    self.calibrations = [Calibration.of(x) for x in near]
+    self.calibration = Calibration.together([Calibration.of(x) for x in near])
     self._per_key = self.bytes_to_index(numbers, near, 1)
     if stop > first:
       self._indexing = first, stop
@@ -369,8 +370,8 @@ class Row:
     if step.until > stop:
       fresh = products(grouped, self._fresh(step.until)).reshape(len(q), -1)
     far = np.zeros(len(q), bool)
-    if self.calibrations:
-      far = Calibration.far(self.calibrations, grouped).reshape(-1)
+    if self.calibration is not None:
+      far = self.calibration.far(grouped).reshape(-1)
       step.counts[2] += far.sum()
     # (queries, keys, effort, times that a search missed)
     todo = [(everyone[~far], search.top, search.effort, 0)]
@@ -455,8 +456,8 @@ class Row:
     graphs = self.indexes[0].graphs
     kind = rows // step.m * graphs + rows % step.m % graphs
     order = np.argsort(kind, kind='stable')
-    cuts = np.flatnonzero(np.diff(kind[order])) + 1
-    heads = np.split(order, cuts)
+    cuts = [0, *(np.flatnonzero(np.diff(kind[order])) + 1), len(order)]
+    heads = [order[a:b] for a, b in itertools.pairwise(cuts)]
     asked = [
       (self.indexes[kind[x[0]] // graphs], kind[x[0]] % graphs, step.q[rows[x]])
       for x in heads

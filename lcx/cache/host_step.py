@@ -45,11 +45,17 @@ class Part(NamedTuple):
 
 
 class Calibration(NamedTuple):
-  """Which scaled queries are like those of the prompt, a kv head."""
+  """Which scaled queries are like those of the prompt.
+
+  Attributes:
+    centre: [H] of a kv head's; [K 1 H] of all, `together`.
+    spread: alike.
+    limit: a number; [K 1].
+  """
 
   centre: np.ndarray
   spread: np.ndarray
-  limit: float
+  limit: Any
 
   @classmethod
   def of(cls, near: Any) -> 'Calibration':
@@ -66,13 +72,14 @@ class Calibration(NamedTuple):
     """Mean squared deviation of q [... H] in standard deviations."""
     return np.mean(((q - self.centre) / self.spread) ** 2, axis=-1)
 
-  @staticmethod
-  def far(heads: 'list[Calibration]', q: np.ndarray) -> np.ndarray:
+  @classmethod
+  def together(cls, heads: 'list[Calibration]') -> 'Calibration':
+    """That of all kv heads, made once: a step asks it of all at once."""
+    return cls(*(np.stack(x)[:, None] for x in zip(*heads, strict=True)))
+
+  def far(self, q: np.ndarray) -> np.ndarray:
     """Bool [K M]: which of q [K M H] are unlike those of their kv head."""
-    centre = np.stack([h.centre for h in heads])[:, None]
-    spread = np.stack([h.spread for h in heads])[:, None]
-    limit = np.array([h.limit for h in heads])[:, None]
-    return Calibration(centre, spread, np.inf).distance(q) > limit
+    return self.distance(q) > self.limit
 
 
 class Step:

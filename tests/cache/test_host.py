@@ -12,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels_pallas.partial import Partial, merge
-from lcx.cache import CacheShape, Host, Shards, Status, host_calls, host_row
+from lcx.cache import (
+  CacheShape,
+  Host,
+  Shards,
+  Status,
+  host,
+  host_calls,
+  host_row,
+)
 from lcx.cache.host_calls import Fault
 from lcx.cache.host_row import Near, Search
 from lcx.select.vector_index import Numbers, has_faiss
@@ -354,3 +362,32 @@ def test_shards_of_rows_and_heads_keep_their_own():
     row = host_calls.row_of(int(handles[d, m, b]))
     want = KEYS[index[2 * d + b], m]
     np.testing.assert_array_equal(row.k[0, :20], want)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'float16'])
+def test_one_array_holds_all_that_a_call_takes_and_returns(monkeypatch, dtype):
+  draw = np.random.default_rng(0)
+  b, t, n, kv, h = 2, 3, 4, 2, 6
+  numbers = draw.integers(-9, 9, (b, 3 + t + kv)).astype(np.int32)
+  asked = draw.normal(size=(b, t, n, h + 1)).astype(np.float32)
+  asked[0, 0, 0] = -np.inf
+  new = draw.normal(size=(b, t, 2 * kv, h)).astype(dtype)
+  rows = np.array([[7, 0], [1 << 30, 18]], np.int32)
+  found = draw.normal(size=(b, 5)).astype(np.float32)
+
+  def attend(*got, search, host):
+    assert (search, host) == ('how', 'cache')
+    for x, want in zip(got, (numbers, new, asked), strict=True):
+      assert x.dtype == want.dtype
+      np.testing.assert_array_equal(x, want)
+    return rows, found
+
+  monkeypatch.setattr(host_calls, 'attend', attend)
+  bits = [host._bits(jnp.asarray(x)) for x in (numbers, asked, new)]
+  got = host_calls.attend_bits(
+    np.concatenate(bits, 1), shape=(t, n, kv, h), dtype=new.dtype,
+    search='how', host='cache',
+  )  # fmt: skip
+  np.testing.assert_array_equal(got[:, :2], rows)
+  got = jax.lax.bitcast_convert_type(got[:, 2:], jnp.float32)
+  np.testing.assert_array_equal(got, found)

@@ -146,7 +146,7 @@ class Marked:
 def test_every_query_is_asked_of_its_own_heads_graph():
   row = make('exact')
   row.wait()
-  row.calibrations, row.indexes = [], [Marked()]
+  row.calibration, row.indexes = None, [Marked()]
   q = np.zeros((7 * 2, DIM), np.float32)
   q[:, 0] = np.tile([0, 1], 7) * DIM**0.5  # [T G] -> [T * G]
   part, counts = ask(row, q)
