@@ -217,10 +217,13 @@ def append_token(
 
     @pl.when(step > 0)
     def _():
+      (queries_ref,), (low, high) = copied, old[2]
       scoring.run(
-        (step - 1, *others), *copied, *old[2],
-        inputs[len(changed) + len(given) :], out[-len(scored) :],
-      )  # fmt: skip
+        (step - 1, *others),
+        (queries_ref, low, high),
+        inputs[len(changed) + len(given) :],
+        out[-len(scored) :],
+      )
 
   grid = ()
   if scoring is not None:

@@ -191,8 +191,9 @@ class Scoring:
   @classmethod
   def of(cls, q, low, starts, newest, call: Call, **rules) -> 'Scoring':
     """Of arrays with the shapes of q, low and starts [B K W]."""
-    shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, low))
-    return cls(newest, call, *shapes, *starts.shape[1:], **rules)
+    q, low = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, low))
+    kv_heads, width = starts.shape[1:]
+    return cls(newest, call, q, low, kv_heads, width, **rules)
 
   @property
   def per_page(self) -> int:
@@ -227,14 +228,13 @@ class Scoring:
     scores, *due = outputs
     return scores, self.call._replace(due=due[0]) if due else self.call
 
-  def run(self, at, q_ref, low_ref, high_ref, operands, outputs):
+  def run(self, at, scored, operands, outputs):
     """One program.
 
     Args:
       at: its place in `grid`.
-      q_ref: [B*T heads H], the queries the first heads of it.
-      low_ref: [B h C H].
-      high_ref: [B h C H].
+      scored: refs of [B*T heads H], of which the queries are the first heads,
+        of the least and of the largest keys.
       operands: refs of `operands`.
       outputs: refs of `outputs`.
     """
@@ -258,9 +258,7 @@ class Scoring:
       scores = lax.cond(
         idle,
         lambda: jnp.zeros((self.pages,), jnp.float32),
-        lambda: self._best(
-          q_ref, low_ref, high_ref, own.valid, first, row, b_at, head
-        ),
+        lambda: self._best(scored, own.valid, first, row, b_at, head),
       )
       plgpu.store(
         scores_ref.at[b_at, row, pl.ds(first, self.pages)],
@@ -268,8 +266,9 @@ class Scoring:
         mask=slot < self.width,
       )
 
-  def _best(self, q_ref, low_ref, high_ref, valid, first, row, b_at, head):
+  def _best(self, scored, valid, first, row, b_at, head):
     """Scores of the pages from `first` on."""
+    q_ref, low_ref, high_ref = scored
     _, t, n_heads, h = self.q.shape
     per_head, per_page = n_heads // self.kv_heads, self.per_page
     tile = self.pages * per_page
@@ -377,7 +376,7 @@ def page_scores(
 
   def kernel(*refs):
     at = [pl.program_id(i) for i in range(3)]
-    scoring.run(at, *refs[:3], refs[3:n], refs[n:])
+    scoring.run(at, refs[:3], refs[3:n], refs[n:])
 
   outputs = pl.pallas_call(
     kernel,

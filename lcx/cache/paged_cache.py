@@ -240,7 +240,7 @@ class PagedCache:
     positions: Int32[Array, 'B 1'],
     count: Int32[Array, 'B'] | None = None,
     scoring: Scoring | None = None,
-  ) -> tuple[Float[Array, 'B 1 N H'], Self, Any]:
+  ) -> tuple[Float[Array, 'B 1 N H'] | None, Self, Any]:
     """`append` of one token beside its queries: (queries, cache, scored).
 
     On a GPU what makes queries, keys and values is then a single launch before

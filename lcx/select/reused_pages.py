@@ -167,9 +167,11 @@ def listed(
     scored: what it found in another launch; None: it gets its own.
   """
   ids = cache.table if isinstance(cache, PagedCache) else cache.page_ids()
+  low, high = cache.bounds()
   ids, starts, held = in_place.list_pages(
     q,
-    *cache.bounds(),
+    low,
+    high,
     in_place.Table(ids, cache.page_starts(), cache.used),
     ctx.count,
     _held(choice),
