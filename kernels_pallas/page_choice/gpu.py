@@ -9,7 +9,8 @@ what is held stays where it is, as the output is its memory.
   choice   one program for a (row, kv head): a search for the n-th best score,
            then compaction; bound by the latency of counting
 
-`reuse.py` has a second kernel for choices that serve several steps.
+`reuse.py` has a second kernel for choices that serve several steps. The scores
+may be found by the launch that appends the token of the query (`Scoring`).
 
 Triton, not Mosaic GPU: its arrays have scans, and stores at masked places.
 """

@@ -146,7 +146,7 @@ def test_they_do_on_a_gpu(name):
   check(name)
 
 
-# Pages of 53 do for one of the pages that the rows begin at first, not for all.
+# 53 pages do for the first two that the rows begin, not for the third.
 TOGETHER = {
   'few pages': (
     TwoWayPaged(**PAGED, ring_heads=RINGS, pool_pages=53),
@@ -158,6 +158,9 @@ TOGETHER = {
     dataclasses.replace(DECODE, budget=24, group='sum'),
   ),
 }
+
+# Three programs a row of the bounds.
+SMALL_TILES = gpu.Sizes(tile_bytes=2048)
 
 
 def poisoned(cache):
@@ -239,18 +242,11 @@ def check_together(name):
     assert Status.OUT_OF_PAGES in np.asarray(mine[1].status).tolist()
 
 
-@pytest.mark.parametrize(
-  'name',
-  [
-    'few pages',
-    pytest.param('int8', marks=pytest.mark.long),
-    pytest.param('dense', marks=pytest.mark.long),
-  ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize('name', TOGETHER)
 def test_the_append_scores_pages_meanwhile(name, monkeypatch):
   monkeypatch.setattr(dispatch, '_order', lambda: ('gpu', 'xla'))
-  # Three programs a row of the bounds.
-  monkeypatch.setattr(gpu, 'SIZES', gpu.Sizes(tile_bytes=2048))
+  monkeypatch.setattr(gpu, 'SIZES', SMALL_TILES)
   for module, function in (
     (append_token.gpu, 'append_token'),
     (reuse, 'list_pages'),
@@ -262,13 +258,14 @@ def test_the_append_scores_pages_meanwhile(name, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize('name', TOGETHER)
-def test_it_does_on_a_gpu(name):
+def test_it_does_on_a_gpu(name, monkeypatch):
   assert dispatch.prefers('gpu'), 'an older GPU has no such launch'
+  monkeypatch.setattr(gpu, 'SIZES', SMALL_TILES)
   check_together(name)
 
 
 @pytest.mark.h100_aot
-@pytest.mark.parametrize('bits', (16, 8))
+@pytest.mark.parametrize('bits', (16, pytest.param(8, marks=pytest.mark.long)))
 def test_a_list_is_two_launches_with_the_append(bits, monkeypatch):
   """On the shape of Llama 3 8B at 128K."""
   monkeypatch.setattr(dispatch, '_order', lambda: ('gpu', 'xla'))
