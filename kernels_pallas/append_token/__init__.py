@@ -3,9 +3,10 @@
 On a GPU a decode step is a chain of small kernels, each of which costs time
 however little it does: cursor, page table, page grant, keys, values and
 statistics of one token are a dozen of them. `gpu.py` does all of it in one
-launch, in place. It has no twin here:
-elsewhere, and for several tokens, the caches' own `append` says the same in
-plain array operations (lcx/cache), against which it is tested.
+launch, in place, which can score pages for the token's query meanwhile
+(`kernels_pallas.page_choice`). It has no twin here: elsewhere, and for several
+tokens, the caches' own `append` says the same in plain array operations
+(lcx/cache), against which it is tested.
 """
 
 import jax

@@ -1,7 +1,8 @@
 """One token a row, appended in place by one program: Pallas Triton.
 
 Its keys and values may come beside queries, in one array (`Joint`), and their
-codes in another: each array more would be a launch before this one.
+codes in another: each array more would be a launch before this one. Further
+programs of the launch may score pages for these queries meanwhile (`Scoring`).
 
 A lane stands for a kv head of a row, lane = row * K + head, padded to a power
 of two; sums over a row or over earlier lanes are masked sums over lanes. All
@@ -20,6 +21,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int32, Num
 
 from kernels_pallas.keys import NEVER
+from kernels_pallas.page_choice.gpu import Scoring
 
 _WARPS = 8
 
@@ -139,8 +141,9 @@ def append_token(
   ring: Bool[Array, 'K'] | None = None,
   order: Int32[Array, 'P'] | None = None,
   beside: Joint | None = None,
+  scoring: Scoring | None = None,
   interpret: bool = False,
-) -> tuple[list, Cursors, list, Float[Array, 'B N H'] | None]:
+) -> tuple[list, Cursors, list, Float[Array, 'B N H'] | None, Any]:
   """Appends one token to each row that takes it.
 
   A page's first token makes the page's other slots 0: a recycled page may hold
@@ -160,10 +163,15 @@ def append_token(
     ring: which heads are ring heads; None: none.
     order: free pages in order, from `cursors.taken` on; None: contiguous.
     beside: whose queries are copied to an array of their own; None: nobody's.
+    scoring: of the queries of `beside` by `stats`, which are bounds; None:
+      nothing is scored. Its `Always` must have the newest page seen, as one
+      of the recent ones: its bounds are read as they are before the append or
+      after it, or half way.
     interpret: runs on the CPU, for tests.
 
   Returns:
-    (pool, cursors, stats), in the places of the old ones, and the queries.
+    (pool, cursors, stats), in the places of the old ones, the queries, and what
+    `scoring` found.
   """
   batch = keys.array.shape[0]
   lanes = pl.next_power_of_2(batch * heads)
@@ -177,34 +185,61 @@ def append_token(
   fixed = [entering, copied, (positions, count, ring, order)]
   changed, tree = jax.tree.flatten(moved)
   given, given_tree = jax.tree.flatten(fixed)
+  scored = [] if scoring is None else scoring.outputs()
+  read = [] if scoring is None else scoring.operands()
+  shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in changed]
+  shapes += queries + scored
 
   def kernel(*refs):
-    inputs, out = refs[: len(changed) + len(given)], refs[-n_out:]
+    inputs, out = refs[: -len(shapes)], refs[-len(shapes) :]
     old = tree.unflatten(inputs[: len(changed)])
     new = tree.unflatten(out[: len(changed)])
-    entering, copied, rest = given_tree.unflatten(inputs[len(changed) :])
+    rest = inputs[len(changed) :]
+    entering, copied, rest = given_tree.unflatten(rest[: len(given)])
     *entering, mine = (
       Heads(ref, x.first) for ref, x in zip(entering, (*tokens, keys))
     )
-    _kernel(
-      old, new, entering, mine, *rest, lanes=lanes, batch=batch, heads=heads,
-      rules=rules,
-    )  # fmt: skip
-    for source in copied:
-      _copy_heads(source, out[-1])
 
-  shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in changed] + queries
-  n_out = len(shapes)
+    def append():
+      _kernel(
+        old, new, entering, mine, *rest, lanes=lanes, batch=batch, heads=heads,
+        rules=rules,
+      )  # fmt: skip
+      for source in copied:
+        _copy_heads(source, out[len(changed)])
+
+    if scoring is None:
+      append()
+      return
+    # The first program appends, so that it is not the last to begin.
+    step, *others = (pl.program_id(i) for i in range(3))
+    pl.when((step == 0) & (others[0] == 0) & (others[1] == 0))(append)
+
+    @pl.when(step > 0)
+    def _():
+      (queries_ref,), (low, high) = copied, old[2]
+      scoring.run(
+        (step - 1, *others),
+        (queries_ref, low, high),
+        inputs[len(changed) + len(given) :],
+        out[-len(scored) :],
+      )
+
+  grid = ()
+  if scoring is not None:
+    grid = (1 + scoring.grid[0], *scoring.grid[1:])
   out = pl.pallas_call(
     kernel,
     out_shape=shapes,
+    grid=grid,
     input_output_aliases={i: i for i in range(len(changed))},
     compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=1),
     interpret=interpret,
     name='append_token',
-  )(*changed, *given)
+  )(*changed, *given, *read)
   pool, cursors, stats = tree.unflatten(out[: len(changed)])
-  return pool, cursors, stats, out[-1] if queries else None
+  found = scoring and scoring.found(out[-len(scored) :])
+  return pool, cursors, stats, out[len(changed)] if queries else None, found
 
 
 def _copy_heads(source, target):

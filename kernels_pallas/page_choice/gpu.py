@@ -9,7 +9,8 @@ what is held stays where it is, as the output is its memory.
   choice   one program for a (row, kv head): a search for the n-th best score,
            then compaction; bound by the latency of counting
 
-`reuse.py` has a second kernel for choices that serve several steps.
+`reuse.py` has a second kernel for choices that serve several steps. The scores
+may be found by the launch that appends the token of the query (`Scoring`).
 
 Triton, not Mosaic GPU: its arrays have scans, and stores at masked places.
 """
@@ -154,6 +155,182 @@ class Call(NamedTuple):
     return jnp.where(row < rows, row, -1)
 
 
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+  """Scores of all pages, as work of a launch's programs.
+
+  The launch is `page_scores` or one that appends the newest token meanwhile
+  (`kernels_pallas.append_token`): nothing that an append moves is read here but
+  bounds, and those that it moves are of the newest page, whose score is
+  `Always` replaced. So starts of pages are for whom chooses.
+
+  Rows whose pages all fit into n get any numbers. Nothing is written for rows
+  that do not choose, nor for rows of the bounds without head.
+
+  Attributes:
+    newest: int32 [B] position of each row's newest token.
+    call: whether and for whom.
+    q: shape and dtype of the queries, [B T N H].
+    low: shape and dtype of the least keys, [B h C H].
+    kv_heads: K.
+    width: W, pages.
+    n: pages to choose.
+    page: tokens of a page.
+    group: 'max' or 'sum' over the query heads of a kv head.
+  """
+
+  newest: Int32[Array, 'B']
+  call: Call
+  q: jax.ShapeDtypeStruct
+  low: jax.ShapeDtypeStruct
+  kv_heads: int
+  width: int
+  n: int
+  page: int
+  group: str
+
+  @classmethod
+  def of(cls, q, low, starts, newest, call: Call, **rules) -> 'Scoring':
+    """Of arrays with the shapes of q, low and starts [B K W]."""
+    q, low = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, low))
+    kv_heads, width = starts.shape[1:]
+    return cls(newest, call, q, low, kv_heads, width, **rules)
+
+  @property
+  def per_page(self) -> int:
+    """Logical pages of a page."""
+    return self.low.shape[2] // self.width
+
+  @property
+  def pages(self) -> int:
+    """Pages that a program scores."""
+    return _tile_rows(self.q, self.low) // self.per_page
+
+  @property
+  def grid(self) -> tuple[int, int, int]:
+    """Programs: pages, rows of the bounds, rows of the batch."""
+    tiles = pl.cdiv(self.width, self.pages)
+    return tiles, self.low.shape[1], self.low.shape[0]
+
+  def operands(self) -> list:
+    """What `run` reads beside queries and bounds."""
+    return [self.newest, *self.call.given()]
+
+  def outputs(self) -> list[jax.ShapeDtypeStruct]:
+    """What it writes: scores [B h W]; whether a choice is due, if not known."""
+    b, rows = self.low.shape[:2]
+    shapes = [jax.ShapeDtypeStruct((b, rows, self.width), jnp.float32)]
+    if isinstance(self.call.due, Served):
+      shapes.append(jax.ShapeDtypeStruct((1,), jnp.int32))
+    return shapes
+
+  def found(self, outputs) -> tuple[Float[Array, 'B h W'], Call]:
+    """The scores, and the call for the kernel that chooses by them."""
+    scores, *due = outputs
+    return scores, self.call._replace(due=due[0]) if due else self.call
+
+  def run(self, at, scored, operands, outputs):
+    """One program.
+
+    Args:
+      at: its place in `grid`.
+      scored: refs of [B*T heads H], of which the queries are the first heads,
+        of the least and of the largest keys.
+      operands: refs of `operands`.
+      outputs: refs of `outputs`.
+    """
+    newest_ref, *refs = operands
+    scores_ref, *due_refs = outputs
+    own = self.call.read(refs)
+    tile_at, row, b_at = at
+    first, head = tile_at * self.pages, own.head_of(row)
+    last = newest_ref[b_at]
+    for ref in due_refs:
+
+      @pl.when((tile_at == 0) & (row == 0) & (b_at == 0))
+      def _(ref=ref):
+        ref[0] = own.is_due().astype(jnp.int32)
+
+    @pl.when(own.chooses(b_at) & (head >= 0))
+    def _():
+      slot = first + _iota((self.pages,), 0)
+      # A page in slot w starts at w * page or later.
+      idle = (last < self.n * self.page) | (first * self.page > last)
+      scores = lax.cond(
+        idle,
+        lambda: jnp.zeros((self.pages,), jnp.float32),
+        lambda: self._best(scored, own.valid, first, row, b_at, head),
+      )
+      plgpu.store(
+        scores_ref.at[b_at, row, pl.ds(first, self.pages)],
+        scores,
+        mask=slot < self.width,
+      )
+
+  def _best(self, scored, valid, first, row, b_at, head):
+    """Scores of the pages from `first` on."""
+    q_ref, low_ref, high_ref = scored
+    _, t, n_heads, h = self.q.shape
+    per_head, per_page = n_heads // self.kv_heads, self.per_page
+    tile = self.pages * per_page
+    # Query t, g of the kv head stands in column t * lead + g.
+    lead = _padded(per_head)
+    columns = max(FEWEST_QUERIES, _padded(t) * lead)
+    dtype = jnp.promote_types(self.q.dtype, self.low.dtype)
+    exact = lax.Precision.HIGHEST if self.q.dtype == jnp.float32 else None
+    column = _iota((h, columns), 1)
+    at, mate = column // lead, column % lead
+    queries = plgpu.load(
+      q_ref.at[b_at * t + at, head * per_head + mate, _iota((h, columns), 0)],
+      mask=(at < t) & (mate < per_head),
+      other=0.0,
+    ).astype(jnp.float32)
+    place = first * per_page + _iota((tile, h), 0)
+    window = (b_at, row, pl.ds(first * per_page, tile), slice(None))
+
+    def product(ref, some):
+      bounds = plgpu.load(
+        ref.at[window], mask=place < self.low.shape[2], other=0.0
+      )
+      return jnp.dot(
+        bounds.astype(dtype),
+        some.astype(dtype),
+        precision=exact,
+        preferred_element_type=jnp.float32,
+      )
+
+    found = product(high_ref, jnp.maximum(queries, 0.0))
+    found += product(low_ref, jnp.minimum(queries, 0.0))  # [tile columns]
+    column = _iota((tile, columns), 1)
+    if self.group == 'max':
+      found = jnp.where(column % lead < per_head, found, -jnp.inf)
+    found = found.reshape(tile, columns // lead, lead)
+    found = found.max(axis=2) if self.group == 'max' else found.sum(axis=2)
+    token = _iota((columns // lead,), 0)
+    counts = plgpu.load(valid.at[b_at, jnp.minimum(token, t - 1)])
+    counts &= token < t
+    found = jnp.where(counts[None], found, -jnp.inf).max(axis=1)
+    return found.reshape(self.pages, per_page).max(axis=1)
+
+
+class Always(NamedTuple):
+  """The pages that are seen or not whatever they score: operands, or refs."""
+
+  starts: Any  # int32 [B K W] position of each page's first token
+  newest: Any  # int32 [B] position of each row's newest token
+  sink: int
+  recent: int
+  page: int
+
+  def replaced(self, scores, b_at, head, slot):
+    """Scores of pages: inf where they are always seen, -inf where unused."""
+    start = plgpu.load(self.starts.at[b_at, head, slot])
+    last = self.newest[b_at]
+    forced = (start < self.sink) | (start + self.page > last - self.recent + 1)
+    scores = jnp.where(forced, jnp.inf, scores)
+    return jnp.where(start <= last, scores, -jnp.inf)
+
+
 def choose_pages(
   q: Float[Array, 'B T N H'],
   low: Float[Array, 'B h C H'],
@@ -180,139 +357,55 @@ def choose_pages(
   if reason := refuse('choose_pages', q, low, high, starts):
     raise NotImplementedError(reason)
   call = Call(valid, unscored, None if due is None else due.reshape(1))
-  scores, call = page_scores(
-    q, low, high, starts, newest, call, n=n, sink=sink, recent=recent,
-    page=page, group=group, interpret=interpret,
-  )  # fmt: skip
-  return best_pages(
-    scores, held, call, n=n, kv_heads=starts.shape[1], interpret=interpret
-  )
+  work = Scoring.of(q, low, starts, newest, call, n=n, page=page, group=group)
+  scores, call = page_scores(q, low, high, work, interpret=interpret)
+  always = Always(starts, newest, sink, recent, page)
+  return best_pages(scores, held, call, always, n=n, interpret=interpret)
 
 
 def page_scores(
-  q, low, high, starts, newest, call: Call, *, n: int, sink: int, recent: int,
-  page: int, group: str, interpret: bool = False,
-) -> tuple[Float[Array, 'B h W'], Call]:  # fmt: skip
-  """Scores of all pages: inf where always seen, -inf where unused.
-
-  Rows whose pages all fit into n get any other number below inf. Nothing is
-  written for rows that do not choose, nor for rows of the bounds without head.
-
-  Returns:
-    The scores, and the call for the kernel that chooses by them: whether a
-    choice is due, where it was to be found out of a `Served`.
-  """
-  b, t, n_heads, h = q.shape
-  kv, width = starts.shape[1:]
-  rows, logical, per_head = low.shape[1], low.shape[2], n_heads // kv
-  per_page = logical // width
-  tile = _tile_rows(q, low)
-  pages = tile // per_page
-  # Query t, g of the kv head stands in column t * lead + g.
-  lead = _padded(per_head)
-  columns = max(FEWEST_QUERIES, _padded(t) * lead)
-  dtype = jnp.promote_types(q.dtype, low.dtype)
-  exact = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-  operands = [q.reshape(-1), low, high, starts, newest, *call.given()]
-  shapes = [jax.ShapeDtypeStruct((b, rows, width), jnp.float32)]
-  if isinstance(call.due, Served):
-    shapes.append(jax.ShapeDtypeStruct((1,), jnp.int32))
+  q: Float[Array, 'B T N H'],
+  low: Float[Array, 'B h C H'],
+  high: Float[Array, 'B h C H'],
+  scoring: Scoring,
+  *,
+  interpret: bool = False,
+) -> tuple[Float[Array, 'B h W'], Call]:
+  """A launch that scores pages, and does nothing else."""
+  operands = scoring.operands()
+  n = 3 + len(operands)
 
   def kernel(*refs):
-    scores_ref, *due_refs = refs[len(operands) :]
-    q_ref, low_ref, high_ref, starts_ref, newest_ref, *refs = refs
-    own = call.read(refs)
-    first = pl.program_id(0) * pages
-    row, b_at = pl.program_id(1), pl.program_id(2)
-    head = own.head_of(row)
-    last = newest_ref[b_at]
-    for ref in due_refs:
+    at = [pl.program_id(i) for i in range(3)]
+    scoring.run(at, refs[:3], refs[3:n], refs[n:])
 
-      @pl.when((pl.program_id(0) == 0) & (row == 0) & (b_at == 0))
-      def _(ref=ref):
-        ref[0] = own.is_due().astype(jnp.int32)
-
-    def products():
-      column = _iota((h, columns), 1)
-      at, mate = column // lead, column % lead
-      channel = _iota((h, columns), 0)
-      index = (b_at * t + at) * n_heads + head * per_head + mate
-      real = (at < t) & (mate < per_head)
-      queries = plgpu.load(
-        q_ref.at[index * h + channel], mask=real, other=0.0
-      ).astype(jnp.float32)
-      place = first * per_page + _iota((tile, h), 0)
-      window = (b_at, row, pl.ds(first * per_page, tile), slice(None))
-
-      def product(ref, some):
-        bounds = plgpu.load(ref.at[window], mask=place < logical, other=0.0)
-        return jnp.dot(
-          bounds.astype(dtype),
-          some.astype(dtype),
-          precision=exact,
-          preferred_element_type=jnp.float32,
-        )
-
-      found = product(high_ref, jnp.maximum(queries, 0.0))
-      return found + product(low_ref, jnp.minimum(queries, 0.0))
-
-    def best():
-      found = products()  # [tile columns]
-      column = _iota((tile, columns), 1)
-      if group == 'max':
-        found = jnp.where(column % lead < per_head, found, -jnp.inf)
-      found = found.reshape(tile, columns // lead, lead)
-      found = found.max(axis=2) if group == 'max' else found.sum(axis=2)
-      token = _iota((columns // lead,), 0)
-      counts = plgpu.load(own.valid.at[b_at, jnp.minimum(token, t - 1)])
-      counts &= token < t
-      found = jnp.where(counts[None], found, -jnp.inf).max(axis=1)
-      return found.reshape(pages, per_page).max(axis=1)
-
-    @pl.when(own.chooses(b_at) & (head >= 0))
-    def _():
-      slot = first + _iota((pages,), 0)
-      start = plgpu.load(
-        starts_ref.at[b_at, head, pl.ds(first, pages)],
-        mask=slot < width,
-        other=2**30,
-      )
-      # A page in slot w starts at w * page or later.
-      idle = (last < n * page) | (first * page > last)
-      scores = lax.cond(idle, lambda: jnp.zeros((pages,), jnp.float32), best)
-      forced = (start < sink) | (start + page > last - recent + 1)
-      scores = jnp.where(forced, jnp.inf, scores)
-      plgpu.store(
-        scores_ref.at[b_at, row, pl.ds(first, pages)],
-        jnp.where(start <= last, scores, -jnp.inf),
-        mask=slot < width,
-      )
-
-  scores, *due = pl.pallas_call(
+  outputs = pl.pallas_call(
     kernel,
-    out_shape=shapes,
-    grid=(pl.cdiv(width, pages), rows, b),
+    out_shape=scoring.outputs(),
+    grid=scoring.grid,
     compiler_params=plgpu.CompilerParams(num_warps=4),
     interpret=interpret,
     name='page_scores',
-  )(*operands)
-  return scores, call._replace(due=due[0]) if due else call
+  )(q.reshape(-1, *q.shape[2:]), low, high, *operands)
+  return scoring.found(outputs)
 
 
 def best_pages(
   scores: Float[Array, 'B h W'],
   held: Int32[Array, 'B K n'] | None,
   call: Call,
+  always: Always,
   *,
   n: int,
-  kv_heads: int,
   interpret: bool = False,
 ) -> Int32[Array, 'B K n']:
   """Slots of the n best scores above -inf, of equal ones the first."""
   b, rows, _ = scores.shape
+  kv_heads = always.starts.shape[1]
 
   def kernel(*refs):
-    scores_ref, *refs, out_ref = refs
+    scores_ref, starts_ref, newest_ref, *refs, out_ref = refs
+    seen = always._replace(starts=starts_ref, newest=newest_ref)
     own = call.read(refs)
     head, b_at = pl.program_id(0), pl.program_id(1)
     row, now = own.row_of(head, rows), own.chooses(b_at)
@@ -327,7 +420,7 @@ def best_pages(
 
     @pl.when(now & (row >= 0))
     def _():
-      found, total = best_slots(scores_ref, b_at, row, n)
+      found, total = best_slots(scores_ref, seen, b_at, row, head, n)
       for slot, taken, at in found:
         plgpu.store(
           out_ref.at[b_at, head, jnp.where(taken, at, n)], slot, mask=taken
@@ -343,7 +436,7 @@ def best_pages(
     def _():
       fill(0)
 
-  operands = [scores, *call.given()]
+  operands = [scores, always.starts, always.newest, *call.given()]
   aliases = {}
   if held is not None:
     aliases = {len(operands): 0}
@@ -359,12 +452,23 @@ def best_pages(
   )(*operands)
 
 
-def best_slots(scores_ref, b_at, row, n: int):
-  """The n best slots of a row of scores: ([(slot, taken, place)], how many)."""
+def best_slots(scores_ref, always: Always, b_at, row, head, n: int):
+  """The n best slots of a row of scores: ([(slot, taken, place)], how many).
+
+  Args:
+    scores_ref: of `Scoring`.
+    always: refs, and rules.
+    b_at: row of the batch.
+    row: of the bounds.
+    head: its kv head.
+    n: how many to choose.
+  """
   width = scores_ref.shape[2]
   slots, keys = nth_best.slots(width, SIZES.lanes), []
   for slot in slots:
-    score = plgpu.load(scores_ref.at[b_at, row, jnp.minimum(slot, width - 1)])
+    real = jnp.minimum(slot, width - 1)
+    score = plgpu.load(scores_ref.at[b_at, row, real])
+    score = always.replaced(score, b_at, head, real)
     keys.append(
       jnp.where(slot < width, nth_best.ordered(score), nth_best.LOWEST)
     )

@@ -3,7 +3,8 @@
 Whether a choice is due, the choice, its age and the list of pages to attend to
 are a dozen small launches in array operations (`lcx.select.reused_pages`). Here
 they are the two that make a choice (`gpu.py`), in place: the first says whether
-one is due, the second writes the list and counts on. It has no twin here:
+one is due, the second writes the list and counts on. The append of the token
+that is answered can be part of the first (`scoring`). It has no twin here:
 elsewhere those operations say the same, against which it is tested.
 
 A row's list: the pages chosen; those that began since; of a kv head without
@@ -88,11 +89,10 @@ def serves(q, low, starts) -> bool:
   return gpu.refuse('choose_pages', q, low, low, starts) is None
 
 
-def list_pages(
+def scoring(
   q: Float[Array, 'B T N H'],
   low: Float[Array, 'B h C H'],
-  high: Float[Array, 'B h C H'],
-  table: Table,
+  starts: Int32[Array, 'B K W'],
   newest: Int32[Array, 'B'],
   valid: Bool[Array, 'B T'],
   count: Int32[Array, 'B'],
@@ -100,43 +100,63 @@ def list_pages(
   *,
   rules: Rules,
   unscored: Bool[Array, 'K'] | None = None,
-  interpret: bool = False,
-) -> tuple[Int32[Array, 'B K m'], Int32[Array, 'B K m'], Held]:
-  """The pages that rows attend to, after a choice where one is due.
+) -> gpu.Scoring:
+  """The scores that a choice is made by, where one is due: work of a launch.
 
   Args:
-    q: rotated queries.
-    low: as in `choose_pages`, like all that is not said here.
-    high: see there.
-    table: of the rows; the new tokens are in it.
+    q: as in `choose_pages`, like all that is not said here; of it, `low` and
+      `starts` the shapes count.
+    low: see there.
+    starts: see there.
     newest: position of each row's newest token.
     valid: which queries count.
     count: how many do, a row.
     held: the choice until now; all rows choose when one's is due.
     rules: static numbers.
     unscored: kv heads without bounds.
+  """
+  since = gpu.Served(held.newest, held.age, newest, count, rules.reuse)
+  call = gpu.Call(valid, unscored, since)
+  n = held.slots.shape[2]
+  return gpu.Scoring.of(
+    q, low, starts, newest, call, n=n, page=rules.page, group=rules.group
+  )
+
+
+def list_pages(
+  q: Float[Array, 'B T N H'],
+  low: Float[Array, 'B h C H'],
+  high: Float[Array, 'B h C H'],
+  table: Table,
+  count: Int32[Array, 'B'],
+  held: Held,
+  work: gpu.Scoring,
+  *,
+  rules: Rules,
+  scored: tuple[Float[Array, 'B h W'], gpu.Call] | None = None,
+  interpret: bool = False,
+) -> tuple[Int32[Array, 'B K m'], Int32[Array, 'B K m'], Held]:
+  """The pages that rows attend to, after a choice where one is due.
+
+  Args:
+    q: rotated queries.
+    low: as in `choose_pages`.
+    high: see there.
+    table: of the rows; the new tokens are in it.
+    count: as in `scoring`.
+    held: see there.
+    work: of `scoring`.
+    rules: static numbers.
+    scored: what `work` found in another launch; None: it gets one here.
     interpret: runs on the CPU, for tests.
 
   Returns:
     (ids, starts, held): -1 and NEVER where the list has no page; `held` in the
     place of the old one.
   """
-  since = gpu.Served(held.newest, held.age, newest, count, rules.reuse)
-  scores, call = gpu.page_scores(
-    q,
-    low,
-    high,
-    table.starts,
-    newest,
-    gpu.Call(valid, unscored, since),
-    n=held.slots.shape[2],
-    sink=rules.sink,
-    recent=rules.recent,
-    page=rules.page,
-    group=rules.group,
-    interpret=interpret,
-  )
-  return _list(scores, call, table, newest, count, held, rules, interpret)
+  if scored is None:
+    scored = gpu.page_scores(q, low, high, work, interpret=interpret)
+  return _list(*scored, table, work.newest, count, held, rules, interpret)
 
 
 def _list(scores, call, table, newest, count, held, rules, interpret):
@@ -154,6 +174,7 @@ def _list(scores, call, table, newest, count, held, rules, interpret):
     new_slots, new_newest, new_age, ids_ref, starts_ref = rest
     head, b_at = pl.program_id(0), pl.program_id(1)
     row, now = own.row_of(head, rows), own.chooses(b_at)
+    always = gpu.Always(starts_of, newest, rules.sink, rules.recent, rules.page)
 
     def put(ref, place, value, mask):
       # Other lanes point behind the end: interpreted, they write, too.
@@ -180,7 +201,7 @@ def _list(scores, call, table, newest, count, held, rules, interpret):
 
     @pl.when(now & (row >= 0))
     def _():
-      found, total = gpu.best_slots(scores_ref, b_at, row, n)
+      found, total = gpu.best_slots(scores_ref, always, b_at, row, head, n)
       for slot, taken, at in found:
         put(new_slots, at, slot, taken)
         enter(at, slot, taken, taken)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from kernels_pallas import append_token
 from kernels_pallas.keys import NEVER, Pages
+from kernels_pallas.page_choice.gpu import Scoring
 from lcx.cache.base import (
   ROWS,
   STATUSES,
@@ -192,8 +193,8 @@ class DenseCache:
       stats=stats,
     )
 
-  def _append_one(self, tokens, positions, count, beside=None):
-    """`append` of one token a row, in one launch: (queries or None, cache)."""
+  def _append_one(self, tokens, positions, count, beside=None, scoring=None):
+    """`append` of one token, in one launch: (queries, cache, scored)."""
     rules = append_token.Rules(
       page=self.page,
       logical=self.page,
@@ -221,8 +222,9 @@ class DenseCache:
       heads=self.k.shape[1],
       rules=rules,
       beside=beside,
+      scoring=scoring,
     )
-    (pool_k, pool_v), cursors, stats, queries = moved
+    (pool_k, pool_v), cursors, stats, queries, found = moved
     cache = dataclasses.replace(
       self,
       k=pool_k.reshape(self.k.shape),
@@ -232,7 +234,9 @@ class DenseCache:
       status=cursors.status,
       stats=tree.unflatten(stats),
     )
-    return queries, cache
+    if queries is not None:
+      queries = queries[:, None]
+    return queries, cache, found
 
   def takes_joint(self, q, k, v) -> bool:
     """Whether `append_joint` can take what these [B T heads H] would be."""
@@ -244,15 +248,15 @@ class DenseCache:
     joint: append_token.Joint,
     positions: Int32[Array, 'B 1'],
     count: Int32[Array, 'B'] | None = None,
-  ) -> tuple[Float[Array, 'B 1 N H'], Self]:
-    """`append` of one token beside its queries: (queries, cache).
+    scoring: Scoring | None = None,
+  ) -> tuple[Float[Array, 'B 1 N H'] | None, Self, Any]:
+    """`append` of one token beside its queries: (queries, cache, scored).
 
     On a GPU what makes queries, keys and values is then a single launch before
-    that of the append, not three.
+    that of the append, not three. `scoring`, by this cache's bounds, is done by
+    the launch of the append.
     """
-    queries, cache = self._append_one(joint.heads(), positions, count, joint)
-    assert queries is not None
-    return queries[:, None], cache
+    return self._append_one(joint.heads(), positions, count, joint, scoring)
 
   def truncate(self, lengths: Int32[Array, 'B']) -> Self:
     """Keeps the first `lengths` tokens of each row, as if no more had come."""

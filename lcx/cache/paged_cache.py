@@ -18,7 +18,7 @@ else holds a page. Truncating into a shared page copies that page.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from kernels_pallas import append_token
 from kernels_pallas.keys import NEVER, Pages, dequantise
 from kernels_pallas.page_choice import scored_heads
+from kernels_pallas.page_choice.gpu import Scoring
 from lcx.cache.base import (
   STATUSES,
   Status,
@@ -173,8 +174,10 @@ class PagedCache:
       stats=stats,
     )
 
-  def _append_one(self, tokens, keys, positions, count, beside=None):
-    """`append` of one token a row, in one launch: (queries or None, cache)."""
+  def _append_one(
+    self, tokens, keys, positions, count, beside=None, scoring=None
+  ):
+    """`append` of one token, in one launch: (queries, cache, scored)."""
     config = self.config
     rules = append_token.Rules(
       page=self.page,
@@ -187,7 +190,7 @@ class PagedCache:
     )
     pool, tree = jax.tree.flatten(self.pool)
     stats, stats_tree = jax.tree.flatten(self.stats)
-    pool, cursors, stats, queries = append_token.gpu.append_token(
+    pool, cursors, stats, queries, found = append_token.gpu.append_token(
       pool,
       tokens,
       append_token.Cursors(
@@ -206,6 +209,7 @@ class PagedCache:
       rules=rules,
       ring=self.ring if config.has_ring else None,
       beside=beside,
+      scoring=scoring,
       order=self.vacancy.order,
     )
     assert cursors.taken is not None
@@ -220,7 +224,9 @@ class PagedCache:
       vacancy=dataclasses.replace(self.vacancy, taken=cursors.taken),
       stats=stats_tree.unflatten(stats),
     )
-    return queries, cache
+    if queries is not None:
+      queries = queries[:, None]
+    return queries, cache, found
 
   def takes_joint(self, q, k, v) -> bool:
     """Whether `append_joint` can take what these [B T heads H] would be."""
@@ -233,11 +239,13 @@ class PagedCache:
     joint: append_token.Joint,
     positions: Int32[Array, 'B 1'],
     count: Int32[Array, 'B'] | None = None,
-  ) -> tuple[Float[Array, 'B 1 N H'], Self]:
-    """`append` of one token beside its queries: (queries, cache).
+    scoring: Scoring | None = None,
+  ) -> tuple[Float[Array, 'B 1 N H'] | None, Self, Any]:
+    """`append` of one token beside its queries: (queries, cache, scored).
 
     On a GPU what makes queries, keys and values is then a single launch before
     that of the append, not three, and keys and values are quantised together.
+    `scoring`, by this cache's bounds, is done by the launch of the append.
     """
     bits = self.config.bits
     keys, values = joint.heads()
@@ -250,9 +258,7 @@ class PagedCache:
         if x is not None
         for first in (0, joint.kv_heads)
       ]
-    queries, cache = self._append_one(tokens, keys, positions, count, joint)
-    assert queries is not None
-    return queries[:, None], cache
+    return self._append_one(tokens, keys, positions, count, joint, scoring)
 
   def truncate(self, lengths: Int32[Array, 'B']) -> Self:
     """Keeps the first `lengths` tokens of each row, as if no more had come.

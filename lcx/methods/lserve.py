@@ -305,13 +305,18 @@ class LServeDecode(Decode):
     return max(-(-self.budget // page), always) + 1
 
   def attend(self, q, k, v, rope: Rope, cache, state: Choice, ctx: Context):
-    q, cache = shards.append_rotated(q, k, v, rope, cache, ctx)
     crossover = self._crossover(q, cache, ctx)
-    bounds = self.scorer == 'bounds'
+    bounds, scoring = self.scorer == 'bounds', None
+    # Rotated or not, the token in the cache or not: shapes are the same.
     if bounds and not crossover and reused_pages.serves(q, cache, ctx):
       ring = cache.ring if is_ring(cache) else None
-      state, ids, starts = reused_pages.listed(
+      scoring = reused_pages.scoring(
         state, q, cache, ctx, self._rules(cache), ring
+      )
+    q, cache, scored = shards.append_scored(q, k, v, rope, cache, ctx, scoring)
+    if scoring is not None:
+      state, ids, starts = reused_pages.listed(
+        state, q, cache, ctx, self._rules(cache), scoring, scored
       )
       part, keys = self._attended(q, cache, ids, starts, ctx)
     else:

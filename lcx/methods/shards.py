@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from kernels_pallas.append_token import Joint
+from kernels_pallas.page_choice.gpu import Scoring
 from kernels_pallas.partial import Partial, merge_over
 from lcx import policy
 from lcx.methods.base import Axes, Context, Rope
@@ -57,13 +58,24 @@ def append_rotated(q, k, v, rope: Rope, cache, ctx: Context):
     cache: of rotated keys.
     ctx: the context.
   """
+  return append_scored(q, k, v, rope, cache, ctx, None)[:2]
+
+
+def append_scored(
+  q, k, v, rope: Rope, cache, ctx: Context, scoring: Scoring | None
+):
+  """`append_rotated`, and `scoring` in its launch: (queries, cache, scored).
+
+  Scored is what `scoring` found, or None where the append is not one launch, or
+  has no queries beside it.
+  """
   rotated = rope(q, ctx.positions), rope(k, ctx.positions)
   takes = getattr(cache, 'takes_joint', None)
   alone = jax.lax.axis_size(ctx.axes.seq) == 1
   if takes is None or not alone or not cache.rotated or not takes(q, k, v):
-    return rotated[0], append(cache, k, rotated[1], v, ctx)
+    return rotated[0], append(cache, k, rotated[1], v, ctx), None
   joint = ctx.joint or Joint.of(*rotated, v)
-  return cache.append_joint(joint, ctx.positions, ctx.count)
+  return cache.append_joint(joint, ctx.positions, ctx.count, scoring)
 
 
 def belong_here(ctx: Context) -> Bool[Array, 'B T']:

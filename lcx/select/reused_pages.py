@@ -8,12 +8,14 @@ that, C = 4 and pages of 64 lose the newest tokens at two steps of 64.)
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from kernels_pallas.page_choice import reuse as in_place
+from kernels_pallas.page_choice.gpu import Scoring
 from kernels_pallas.page_choice.reuse import LONG_AGO
 from lcx.cache import PagedCache
 from lcx.methods.base import Context
@@ -110,18 +112,50 @@ def serves(q: Float[Array, 'B T N H'], cache, ctx: Context) -> bool:
   return one and in_place.serves(q, low, cache.page_starts())
 
 
-def listed(
+def scoring(
   choice: Choice,
   q: Float[Array, 'B T N H'],
   cache,
   ctx: Context,
   rules: in_place.Rules,
   unscored: Bool[Array, 'K'] | None,
+) -> Scoring:
+  """The scores by which `listed` chooses where it must: work of a launch.
+
+  Args:
+    choice: that served until now.
+    q: queries, rotated or not: their shape counts.
+    cache: of this layer, the new tokens in it or not.
+    ctx: the context.
+    rules: how to choose.
+    unscored: kv heads without bounds, which see their first slots.
+  """
+  return in_place.scoring(
+    q,
+    cache.bounds()[0],
+    cache.page_starts(),
+    ctx.lengths - 1,
+    ctx.valid,
+    ctx.count,
+    _held(choice),
+    rules=rules,
+    unscored=unscored,
+  )
+
+
+def listed(
+  choice: Choice,
+  q: Float[Array, 'B T N H'],
+  cache,
+  ctx: Context,
+  rules: in_place.Rules,
+  work: Scoring,
+  scored: Any = None,
 ) -> tuple[Choice, Int32[Array, 'B K m'], Int32[Array, 'B K m']]:
   """The choice after this step, and ids and starts of the pages it shows.
 
   Two launches in place do what `top_pages`, `Choice` and `take_pages` say in
-  array operations.
+  array operations; the first may be that of the append.
 
   Args:
     choice: that served until now.
@@ -129,7 +163,8 @@ def listed(
     cache: of this layer, the new tokens in it.
     ctx: the context.
     rules: how to choose.
-    unscored: kv heads without bounds, which see their first slots.
+    work: of `scoring`.
+    scored: what it found in another launch; None: it gets its own.
   """
   ids = cache.table if isinstance(cache, PagedCache) else cache.page_ids()
   low, high = cache.bounds()
@@ -138,11 +173,14 @@ def listed(
     low,
     high,
     in_place.Table(ids, cache.page_starts(), cache.used),
-    ctx.lengths - 1,
-    ctx.valid,
     ctx.count,
-    in_place.Held(choice.slots, choice.newest, choice.age),
+    _held(choice),
+    work,
     rules=rules,
-    unscored=unscored,
+    scored=scored,
   )
   return Choice(*held), ids, starts
+
+
+def _held(choice: Choice) -> in_place.Held:
+  return in_place.Held(choice.slots, choice.newest, choice.age)

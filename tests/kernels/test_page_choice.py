@@ -130,19 +130,16 @@ def test_what_is_held_stays_until_it_is_due(name):
 def test_scores_of_the_kernel_and_of_xla_agree(dtype, how):
   args, _ = case(group=3, kv=2, unscored=None, n=1, dtype=dtype, per_page=2)
   q, low, high, starts, newest, valid = args
-  static = {'sink': 4, 'recent': 20, 'page': 8}
-  got, _ = gpu.page_scores(
-    *args[:5],
-    gpu.Call(valid, None, None),
-    n=1,
-    group=how,
-    interpret=True,
-    **static,
-  )
+  call = gpu.Call(valid, None, None)
+  work = gpu.Scoring.of(q, low, starts, newest, call, n=1, page=8, group=how)
+  got, _ = gpu.page_scores(q, low, high, work, interpret=True)
   want = page_choice.kv_page_scores(
     q, low, high, valid, width=37, kv_heads=2, group=how
   )
-  want = page_choice.forced_scores(want, starts, newest, **static)
+  got, want = (
+    page_choice.forced_scores(x, starts, newest, sink=4, recent=20, page=8)
+    for x in (got, want)
+  )
   answers = np.asarray(valid[:, 0])
   got, want = np.asarray(got)[answers], np.asarray(want)[answers]
   np.testing.assert_array_equal(np.isinf(got), np.isinf(want))
@@ -215,6 +212,13 @@ def hard_scores(rng, width):
   ).astype(np.float32)
 
 
+def as_scored(rows, width):
+  """A rule by which all pages are used, and none is seen whatever it scores."""
+  starts = jnp.zeros((rows, 1, width), jnp.int32)
+  newest = jnp.full((rows,), NEVER - 1, jnp.int32)
+  return gpu.Always(starts, newest, sink=0, recent=1, page=1)
+
+
 @pytest.mark.parametrize(
   'width, n', ((1, 1), (37, 5), (37, 37), (1500, 1), (1500, 64), (2100, 700))
 )
@@ -225,8 +229,9 @@ def test_the_n_best_of_scores_that_are_hard_to_tell_apart(width, n):
   want = np.sort(np.where(kept, order, width), axis=1)
   want = np.where(want < width, want, -1)
   call = gpu.Call(jnp.ones((len(scores), 1), bool), None, None)
+  rule = as_scored(len(scores), width)
   got = jax.jit(
-    lambda x: gpu.best_pages(x, None, call, n=n, kv_heads=1, interpret=True)
+    lambda x: gpu.best_pages(x, None, call, rule, n=n, interpret=True)
   )(jnp.asarray(scores[:, None]))
   np.testing.assert_array_equal(np.asarray(got)[:, 0], want)
 
@@ -234,7 +239,8 @@ def test_the_n_best_of_scores_that_are_hard_to_tell_apart(width, n):
 def test_scores_that_are_no_numbers_stay_within_the_list():
   scores = jnp.full((1, 1, 40), jnp.nan).at[0, 0, ::3].set(jnp.inf)
   call = gpu.Call(jnp.ones((1, 1), bool), None, None)
-  got = gpu.best_pages(scores, None, call, n=7, kv_heads=1, interpret=True)
+  rule = as_scored(1, 40)
+  got = gpu.best_pages(scores, None, call, rule, n=7, interpret=True)
   np.testing.assert_array_equal(got[0, 0], np.arange(7))
 
 

@@ -1,10 +1,12 @@
 """LServe's list in two launches is the one of array operations, step by step.
 
-Interpreted on the CPU; on a GPU compiled (`-m gpu`).
+So is the one whose first launch is that of the append. Interpreted on the CPU;
+on a GPU compiled (`-m gpu`).
 """
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import chex
@@ -14,10 +16,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from kernels_pallas.page_choice import reuse
+from kernels_pallas import append_token, dispatch
+from kernels_pallas.page_choice import gpu, reuse
 from lcx import sharding
-from lcx.cache import CacheShape, Dense
+from lcx.cache import CacheShape, Dense, Status
+from lcx.methods import shards
 from lcx.methods.base import Context
+from lcx.methods.listed_pages import is_ring
 from lcx.methods.lserve import LServeDecode, TwoWayPaged
 from lcx.select import reused_pages
 
@@ -139,3 +144,161 @@ def test_two_launches_list_like_array_operations(name, monkeypatch):
 @pytest.mark.parametrize('name', CASES)
 def test_they_do_on_a_gpu(name):
   check(name)
+
+
+# 53 pages do for the first two that the rows begin, not for the third.
+TOGETHER = {
+  'few pages': (
+    TwoWayPaged(**PAGED, ring_heads=RINGS, pool_pages=53),
+    dataclasses.replace(DECODE, budget=32),
+  ),
+  'int8': (TwoWayPaged(**PAGED, ring_heads=RINGS, bits=8), DECODE),
+  'dense': (
+    CASES['dense'][0],
+    dataclasses.replace(DECODE, budget=24, group='sum'),
+  ),
+}
+
+# Three programs a row of the bounds.
+SMALL_TILES = gpu.Sizes(tile_bytes=2048)
+
+
+def poisoned(cache):
+  """With NaN in the bounds that no token has entered."""
+  pages = cache.stats.kmin.shape[2]
+  first = jnp.arange(pages) * (CAPACITY // pages)
+  unused = first >= cache.used[:, None]
+  stats = jax.tree.map(
+    lambda x: jnp.where(unused[:, None, :, None], jnp.nan, x), cache.stats
+  )
+  return dataclasses.replace(cache, stats=stats)
+
+
+def single_steps(config, decode, together):
+  """Queries, caches, choices and lists of 13 tokens a row, with few rests."""
+
+  @jax.jit
+  def call(q, k, v, cache, choice, lengths, count):
+    def run(q, k, v, cache, choice, lengths, count):
+      at = (lengths - count)[:, None]
+      ctx = Context(
+        positions=at,
+        valid=count[:, None] > 0,
+        source=at,
+        lengths=lengths,
+        layer=jnp.int32(0),
+        key=jax.random.key(0),
+      )
+      assert reused_pages.serves(q, cache, ctx)
+      rules = decode._rules(cache)
+      ring = cache.ring if is_ring(cache) else None
+      work = reused_pages.scoring(choice, q, cache, ctx, rules, ring)
+      q, cache, scored = shards.append_scored(
+        q, k, v, rotate, cache, ctx, work if together else None
+      )
+      assert (scored is not None) == together
+      choice, *listed = reused_pages.listed(
+        choice, q, cache, ctx, rules, work, scored
+      )
+      return q, cache, choice, listed
+
+    return jax.shard_map(
+      run, mesh=MESH, in_specs=P(), out_specs=P(), check_vma=False
+    )(q, k, v, cache, choice, lengths, count)
+
+  random = np.random.default_rng(0)
+
+  def draw(*shape):
+    return jnp.asarray(random.normal(size=shape), jnp.bfloat16)
+
+  shape = CacheShape(BATCH, K, H, CAPACITY, 'bfloat16')
+  at = jnp.broadcast_to(jnp.arange(120, dtype=jnp.int32), (BATCH, 120))
+  lengths = np.array([117, 40], np.int32)
+  k, v = draw(2, BATCH, 120, K, H)
+  cache = jax.jit(lambda *new: poisoned(config.init(shape).append(*new)))(
+    k, v, at, lengths
+  )
+  choice = decode.start(cache, decode.init_state(shape))
+  for i in range(13):
+    count = np.array([1, i != 3], np.int32)
+    lengths = lengths + count
+    q, k, v = (draw(BATCH, 1, heads, H) for heads in (K * G, K, K))
+    q, cache, choice, listed = call(q, k, v, cache, choice, lengths, count)
+    yield q, cache, choice, listed
+
+
+def check_together(name):
+  """Bit for bit, though bounds of the newest page are not read alike."""
+  config, decode = TOGETHER[name]
+  chosen = []
+  for mine, theirs in zip(
+    single_steps(config, decode, together=True),
+    single_steps(config, decode, together=False),
+  ):
+    chex.assert_trees_all_equal(mine, theirs)
+    chosen.append(np.asarray(mine[2].slots))
+  assert any(np.any(a != b) for a, b in itertools.pairwise(chosen))
+  if name == 'few pages':
+    assert Status.OUT_OF_PAGES in np.asarray(mine[1].status).tolist()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('name', TOGETHER)
+def test_the_append_scores_pages_meanwhile(name, monkeypatch):
+  monkeypatch.setattr(dispatch, '_order', lambda: ('gpu', 'xla'))
+  monkeypatch.setattr(gpu, 'SIZES', SMALL_TILES)
+  for module, function in (
+    (append_token.gpu, 'append_token'),
+    (reuse, 'list_pages'),
+  ):
+    run = functools.partial(getattr(module, function), interpret=True)
+    monkeypatch.setattr(module, function, run)
+  check_together(name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('name', TOGETHER)
+def test_it_does_on_a_gpu(name, monkeypatch):
+  assert dispatch.prefers('gpu'), 'an older GPU has no such launch'
+  monkeypatch.setattr(gpu, 'SIZES', SMALL_TILES)
+  check_together(name)
+
+
+@pytest.mark.h100_aot
+@pytest.mark.parametrize('bits', (16, pytest.param(8, marks=pytest.mark.long)))
+def test_a_list_is_two_launches_with_the_append(bits, monkeypatch):
+  """On the shape of Llama 3 8B at 128K."""
+  monkeypatch.setattr(dispatch, '_order', lambda: ('gpu', 'xla'))
+  config = TwoWayPaged(profile='alternate', bits=bits)
+  decode = LServeDecode()
+  shape = CacheShape(1, 8, 128, 2**17, 'bfloat16')
+
+  def call(cache, array, q, positions, count):
+    choice = decode.start(cache, decode.init_state(shape))
+    held = reuse.Held(choice.slots, choice.newest, choice.age)
+    rules, newest = decode._rules(cache), positions[:, 0]
+    low, high = cache.bounds()
+    work = reuse.scoring(
+      q, low, cache.starts, newest, count[:, None] > 0, count, held,
+      rules=rules, unscored=cache.ring,
+    )  # fmt: skip
+    joint = append_token.Joint(array, 8)
+    q, cache, scored = cache.append_joint(joint, positions, count, work)
+    table = reuse.Table(cache.table, cache.starts, cache.used)
+    listed = reuse.list_pages(
+      q, low, high, table, count, held, work, rules=rules, scored=scored
+    )
+    return q, cache, listed
+
+  device = jax.sharding.AbstractDevice('NVIDIA H100 80GB HBM3', 132, 'gpu')
+  mesh = jax.sharding.AbstractMesh((1,), ('one',), abstract_device=device)
+  args = (
+    jax.eval_shape(lambda: config.init(shape)),
+    jax.ShapeDtypeStruct((1, 48, 128), jnp.bfloat16),
+    jax.ShapeDtypeStruct((1, 1, 32, 128), jnp.bfloat16),
+    jax.ShapeDtypeStruct((1, 1), jnp.int32),
+    jax.ShapeDtypeStruct((1,), jnp.int32),
+  )
+  with jax.sharding.use_abstract_mesh(mesh):
+    lowered = jax.jit(call).trace(*args).lower(lowering_platforms=('cuda',))
+  assert lowered.as_text().count('__gpu$xla.gpu.triton') == 2
