@@ -130,11 +130,14 @@ def scoring(
     rules: how to choose.
     unscored: kv heads without bounds, which see their first slots.
   """
+  # Of rows that answer nothing, the newest position counts for nothing. So of
+  # one token it is that token's, which is there without a launch.
+  one = ctx.positions.shape[1] == 1
   return in_place.scoring(
     q,
     cache.bounds()[0],
     cache.page_starts(),
-    ctx.lengths - 1,
+    ctx.positions[:, 0] if one else ctx.lengths - 1,
     ctx.valid,
     ctx.count,
     _held(choice),

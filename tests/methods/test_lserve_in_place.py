@@ -47,6 +47,10 @@ CASES = {
     Dense(page=PAGE, stats=True),
     dataclasses.replace(DECODE, group='sum', reuse=17),
   ),
+  'one token': (
+    TwoWayPaged(**PAGED, ring_heads=RINGS),
+    dataclasses.replace(DECODE, budget=32),
+  ),
 }
 MESH = sharding.make_mesh()
 
@@ -56,8 +60,8 @@ def rotate(x, positions):
   return x
 
 
-def steps(config, decode, in_place):
-  """What 14 calls give, of 0 to 2 tokens a row; one row is cut between two."""
+def steps(config, decode, in_place, most=2):
+  """What 14 calls give, of 0 to `most` tokens a row; one row is cut once."""
 
   @jax.jit
   def call(q, k, v, cache, state, lengths, count):
@@ -99,30 +103,31 @@ def steps(config, decode, in_place):
   shape = CacheShape(BATCH, K, H, CAPACITY, 'float32')
   state = decode.start(cache, decode.init_state(shape))
   for i in range(14):
-    count = np.array([2 if i in (0, 6) else 1, i not in (3, 4)], np.int32)
+    count = np.array([most if i in (0, 6) else 1, i not in (3, 4)], np.int32)
     if i == 9:
       lengths = np.array([107, lengths[1]], np.int32)
       cache = jax.jit(lambda cache, n: cache.truncate(n))(cache, lengths)
     lengths = lengths + count
-    q, k, v = (draw(BATCH, 2, heads, H) for heads in (K * G, K, K))
+    q, k, v = (draw(BATCH, most, heads, H) for heads in (K * G, K, K))
     out, cache, state, trace = call(q, k, v, cache, state, lengths, count)
     yield out, state, trace
 
 
 def check(name):
   config, decode = CASES[name]
+  most = 1 if name == 'one token' else 2
   for mine, theirs in zip(
-    list(steps(config, decode, in_place=True)),
-    _array_operations(config, decode),
+    list(steps(config, decode, in_place=True, most=most)),
+    _array_operations(config, decode, most),
   ):
     chex.assert_trees_all_equal(mine[1], theirs[1])
     chex.assert_trees_all_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
-def _array_operations(config, decode):
+def _array_operations(config, decode, most):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(reuse, 'serves', lambda *args: False)
-    return list(steps(config, decode, in_place=False))
+    return list(steps(config, decode, in_place=False, most=most))
 
 
 @pytest.mark.parametrize(
@@ -131,6 +136,7 @@ def _array_operations(config, decode):
     'rings',
     pytest.param('short lists', marks=pytest.mark.long),
     pytest.param('dense', marks=pytest.mark.long),
+    pytest.param('one token', marks=pytest.mark.long),
   ],
 )
 def test_two_launches_list_like_array_operations(name, monkeypatch):
