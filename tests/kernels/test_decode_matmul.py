@@ -53,8 +53,14 @@ def _coded(w):
   return matrix, codes * oracle.wide(step)
 
 
-def _quantised(y):
-  step = np.abs(y).max() / 127.5
+def _quantised(y, dtype):
+  """What the codes of a token stand for, which come of it in its own dtype."""
+
+  def rounded(x):
+    return oracle.wide(jnp.asarray(x, dtype))
+
+  y = rounded(y)
+  step = rounded(np.abs(y).max() / 127.5)
   return np.clip(np.round(y / step), -128, 127) * step
 
 
@@ -62,8 +68,8 @@ def _both(w, y, coded):
   """A matrix and a vector as a kernel takes them, and in float64."""
   if not coded:
     return w, oracle.wide(w), y
-  w, wide = _coded(w)
-  return w, wide, _quantised(y)
+  y = _quantised(y, w.dtype)
+  return *_coded(w), y
 
 
 def _assert_close(got, want, dtype):
