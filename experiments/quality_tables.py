@@ -110,8 +110,8 @@ on a model's keys; SnapKV's is of one layer's decode over 2,048 kept tokens
 (`snapkv_speed.jsonl`, from the host), where the rows here keep 512. **They are
 of other heads (32 / 8 of 128), not of these models**, and most rows here
 attended more than 1/8: at their own density they would take longer than that.
-a_shape at a length that it leaves out anything of, and SpargeAttn at similarity
-0.2, were not timed.
+a_shape with the numbers of these rows (128 + 512 tokens), and SpargeAttn at
+similarity 0.2, were not timed.
 """
 
 
