@@ -57,11 +57,7 @@ def get_config(arg=''):
         'out'
       )
     rows |= parts[part](arg.hosts or 4, arg.heads)
-  if set(filter(None, arg.method.split('/'))) - set(rows):
-    raise ValueError(
-      f'config argument method={arg.method!r}: part={arg.part} has '
-      f'{", ".join(rows)}'
-    )
+  common.rows(arg.method, rows)  # names that are not there are refused
   config.methods = common.methods(arg.method, {'dense': {}} | rows, arg.alone)
   config.tasks = common.table({name: {} for name in TASKS})
   config.lengths = (arg.length,) if arg.length else (16384, 32768)

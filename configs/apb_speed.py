@@ -71,9 +71,7 @@ def get_config(arg=''):
       for name, fields in rows.items()
       if name not in exact and 'forward' not in name
     }
-  if arg.method:
-    rows = {name: rows[name] for name in arg.method.split('/')}
-  config.methods = common.table(rows)
+  config.methods = common.table(common.rows(arg.method, rows))
   config.lengths = tuple(KIB * n for n in (128, 256, 512))
   if arg.length:
     config.lengths = (arg.length,)

@@ -95,10 +95,26 @@ def methods(
     alone: without dense, whose rows another piece of the same table makes
       (`experiments.quality_tables` joins them).
   """
-  names = dict.fromkeys(['dense', *chosen.split('/')] if chosen else fields)
+  asked = ['dense', *filter(None, chosen.split('/'))]
+  names = dict.fromkeys(asked if chosen else fields)
   if alone:
     names.pop('dense', None)
   return table({name: fields.get(name, {}) for name in names})
+
+
+def rows(chosen: str, fields: dict[str, Any]) -> dict[str, Any]:
+  """Those of `fields` that are named, with `/` between them; '': all.
+
+  Raises:
+    ValueError: a name that is not there.
+  """
+  names = list(filter(None, chosen.split('/'))) or list(fields)
+  if unknown := set(names) - set(fields):
+    raise ValueError(
+      f'config argument method: {", ".join(sorted(unknown))} is none of '
+      f'{", ".join(fields)}'
+    )
+  return {name: fields[name] for name in names}
 
 
 def tasks(

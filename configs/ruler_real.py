@@ -73,6 +73,8 @@ def get_config(arg=''):
   if arg.few and not arg.method:
     del config.methods['*']
   config.tasks = common.tasks(arg.task or 'ruler', {})
+  if arg.file and arg.task:
+    raise ValueError('config arguments task and file: name one of the two')
   if arg.file:
     config.tasks = common.table({'file': {'file': arg.file}})
   config.lengths = (arg.length,) if arg.length else lengths

@@ -46,15 +46,10 @@ def get_config(arg=''):
   lengths = (128 * KIB,) if whole else (128 * KIB, KIB * KIB)
   config.lengths = (arg.length,) if arg.length else lengths
   found = rows(arg.op, max(config.lengths))
-  if arg.method:
+  if arg.method:  # a comma ends an argument
     named = {name.replace(',', ''): name for name in found}
-    chosen = arg.method.split('/')
-    if unknown := set(chosen) - set(named):
-      raise ValueError(
-        f'config argument method: {", ".join(unknown)} is none of '
-        f'{", ".join(named)}'
-      )
-    found = {named[name]: found[named[name]] for name in chosen}
+    chosen = common.rows(arg.method, named).values()
+    found = {name: found[name] for name in chosen}
   config.methods = common.table({'dense': {}} | found)
   config.weights = ''
   config.dtype = 'bfloat16'

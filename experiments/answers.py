@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import datetime
 import math
@@ -24,8 +25,7 @@ _PAGE = 64  # capacities are multiples of it
 # Spans are tokenised apart, which may take some tokens more than the text.
 _SEAMS = 16
 _WAY_BACK = 512  # tokens of a question and its answer, at most
-# Of 32K tokens each has 0.2 MB of text and 0.1 MB of tokens.
-_KEPT = 1024
+_KEPT = 2**25  # tokens of samples: 0.3 GB, texts included
 _WRITERS = 4  # threads: tokenizers encode outside of Python's lock
 
 
@@ -111,42 +111,44 @@ def answer(
     for length, _, batches in groups
     for (_, task, indices), _ in batches
   ]
-  drawn_batches = _drawn(order, tasks, model.tokenizer, setting)
-  for length, group, batches in groups:
-    readings = Readings(setting.shared_gib * 2**30)
-    engines: dict[Variant, Any] = {}
-    for ((protocol, name, indices), wanted), drawn in zip(
-      batches, drawn_batches
-    ):
-      first = indices[0]
-      for variant, mine in _grouped(wanted, lambda p: p.variant):
-        say(f'{variant.label} {name} {length}')
-        if variant not in engines:
-          method = variant.method
-          if any(tasks[p.task].questions > 1 for p in group):
-            cache = method.cache.rewindable(_WAY_BACK)
-            method = dataclasses.replace(method, cache=cache)
-          engines[variant] = make_engine(
-            model, method, length, setting, readings
-          )
-        with jax.transfer_guard(setting.transfer_guard):
-          answers = engines[variant].generate(
-            [prompt for _, prompt in drawn],
-            max(sample.max_new_tokens for sample, _ in drawn),
-            tuple(model.tokenizer.eos_ids),
-            protocol=protocol,
-          )
-        yield [
-          _row(
-            p,
-            tasks[name],
-            drawn[p.sample - first][0],
-            answers[p.sample - first][p.question],
-            model.tokenizer,
-          )
-          for p in mine
-        ]
-      readings.clear()
+  with contextlib.closing(
+    _drawn(order, tasks, model.tokenizer, setting)
+  ) as drawn_batches:
+    for length, group, batches in groups:
+      readings = Readings(setting.shared_gib * 2**30)
+      engines: dict[Variant, Any] = {}
+      for ((protocol, name, indices), wanted), drawn in zip(
+        batches, drawn_batches
+      ):
+        first = indices[0]
+        for variant, mine in _grouped(wanted, lambda p: p.variant):
+          say(f'{variant.label} {name} {length}')
+          if variant not in engines:
+            method = variant.method
+            if any(tasks[p.task].questions > 1 for p in group):
+              cache = method.cache.rewindable(_WAY_BACK)
+              method = dataclasses.replace(method, cache=cache)
+            engines[variant] = make_engine(
+              model, method, length, setting, readings
+            )
+          with jax.transfer_guard(setting.transfer_guard):
+            answers = engines[variant].generate(
+              [prompt for _, prompt in drawn],
+              max(sample.max_new_tokens for sample, _ in drawn),
+              tuple(model.tokenizer.eos_ids),
+              protocol=protocol,
+            )
+          yield [
+            _row(
+              p,
+              tasks[name],
+              drawn[p.sample - first][0],
+              answers[p.sample - first][p.question],
+              model.tokenizer,
+            )
+            for p in mine
+          ]
+        readings.clear()
 
 
 def _batches(group: Sequence[Place], setting: Setting):
@@ -171,11 +173,12 @@ def _drawn(
 ) -> Iterator[list[tuple[Any, Any]]]:
   """[(sample, its prompt)] of each batch, written while the one before runs.
 
-  A sample of 32K tokens takes 0.3 s of a core, as long as its prefill on a GPU;
-  what several methods ask for is written once.
+  Not on a CPU, where that would take the cores whose time is measured. What
+  several methods ask for is written once.
 
   Args:
-    order: (task, length, numbers of the samples) of each batch.
+    order: (task, length, numbers of the samples) of each batch, one for each
+      item that the caller takes.
     tasks: by label.
     tokenizer: the model's.
     setting: seed and haystack.
@@ -207,15 +210,17 @@ def _drawn(
           kept[key] = pool.submit(draw, *key)
         kept.move_to_end(key)
         found.append(kept[key])
-      while len(kept) > _KEPT:
+      while len(kept) > 1 and sum(length for _, length, _ in kept) > _KEPT:
         kept.popitem(last=False)
       return found
 
+    # Batches that are begun while the one before them runs.
+    ahead = 0 if jax.default_backend() == 'cpu' else 1
+    begun = [begin(batch) for batch in order[:ahead]]
     try:
-      ahead = begin(order[0]) if order else []
-      for following in [*order[1:], None]:
-        now, ahead = ahead, begin(following) if following else []
-        yield [future.result() for future in now]
+      for number in range(len(order)):
+        begun += [begin(b) for b in order[number + ahead : number + ahead + 1]]
+        yield [future.result() for future in begun.pop(0)]
     finally:
       pool.shutdown(cancel_futures=True)
 

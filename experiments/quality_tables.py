@@ -216,6 +216,9 @@ def tables(rows: Iterable[Row]) -> list[list[Row]]:
 
   Those are of the same config, revision and other arguments, in any batch. What
   several pieces answered (dense, say) counts once.
+
+  Raises:
+    ValueError: two pieces of a table give a label other numbers.
   """
   pieces = runs(rows)
   wholes = {c: (*_whole(c), members[0]['git']) for c, members in pieces.items()}
@@ -226,7 +229,15 @@ def tables(rows: Iterable[Row]) -> list[list[Row]]:
     table = found.setdefault(wholes[command] if joined else command, {})
     for row in members:
       place = (*_place(row), row['sample'], row['question'])
-      table.setdefault(place if joined else row['key'], row)
+      known = table.setdefault(place if joined else row['key'], row)
+      parts = [
+        [r.get(name) for name in ('prefill', 'cache', 'decode')]
+        for r in (row, known)
+      ]
+      if parts[0] != parts[1]:
+        raise ValueError(
+          f'pieces of one table give {row["method"]!r} other numbers: {parts}'
+        )
   return [list(table.values()) for table in found.values()]
 
 

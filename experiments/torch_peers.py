@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 # Calls shorter than this (ms) are replayed as a graph, this many at once: the
-# host takes some 50 us to launch one, which is not the kernel's time.
+# host's time to launch one is not the kernel's.
 _SHORT_MS, _CALLS = 1.0, 16
 
 

@@ -172,7 +172,12 @@ def append_token(
   Returns:
     (pool, cursors, stats), in the places of the old ones, the queries, and what
     `scoring` found.
+
+  Raises:
+    ValueError: `scoring` without queries or without bounds.
   """
+  if scoring is not None and (beside is None or not stats):
+    raise ValueError('scoring takes queries beside the token, and bounds')
   batch = keys.array.shape[0]
   lanes = pl.next_power_of_2(batch * heads)
   moved = [list(pool), cursors, list(stats)]

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 
 from kernels_pallas import dispatch
 from kernels_pallas.decode_matmul.gpu import (
+  CODES_STEP,
+  LEAST_CODES,
   Codes,
   MatmulSizes,
   gated_matmul,
@@ -33,8 +35,6 @@ __all__ = [
 ]
 
 MAX_INPUTS = 32768  # a program holds a row of the matrix, and all of x
-# Of codes: 16 are one load, and each thread of 4 warps has 4 of a row.
-STEP, MIN_INPUTS = 16, 512
 
 
 def serves(rows: int, *matrices: Any) -> bool:
@@ -58,7 +58,7 @@ def serves(rows: int, *matrices: Any) -> bool:
 def _are_codes(w):
   if not isinstance(w, Codes):
     return False
-  return w.shape[-1] >= MIN_INPUTS and w.shape[-1] % STEP == 0
+  return w.shape[-1] >= LEAST_CODES and w.shape[-1] % CODES_STEP == 0
 
 
 def _is_16_bit(w):

@@ -21,6 +21,8 @@ from jaxtyping import Array, Float, Int8
 _FEW = 1024
 # What int8's largest code stands for: half a step more than it (qwix).
 _BOUND = 127.5
+# Of codes: 16 are one load, and each thread of 4 warps has 4 of a row.
+CODES_STEP, LEAST_CODES = 16, 512
 # A float32 of this size has no bits behind the point.
 _WHOLE, _WHOLE_BITS = 1.5 * 2**23, 0x4B400000
 
@@ -281,6 +283,11 @@ def _products(x, w, norm, eps, rows, sizes, interpret):
     ]
   multiply, unit = _wide_products, None
   if steps is not None:
+    if not interpret and (inputs < LEAST_CODES or inputs % CODES_STEP):
+      raise ValueError(
+        f'{inputs=} of codes must be at least {LEAST_CODES} and a multiple of '
+        f'{CODES_STEP}'
+      )
     y, unit = _quantised(y, x.dtype)
     multiply = _code_products if interpret else _sums_of_four
   found = [
@@ -302,9 +309,11 @@ def _steps(ref, rows):
 def _quantised(y, dtype):
   """Pieces of a token as int8, and what a code stands for.
 
-  As `qwix.quantize` makes them of an array of this dtype, whose scale is of it.
-  All programs do this: instructions count. Integers compare in one, floats in
-  two, for NaN; positive floats stand in their bits' order.
+  As `qwix.quantize` makes them of an array of this dtype, whose scale is of it,
+  but that there a quotient is rounded to the dtype before it is to a whole
+  number: some codes of bfloat16 differ by one, ours being nearer. All programs
+  do this: instructions count. Integers compare in one, floats in two, for NaN;
+  positive floats stand in their bits' order.
   """
   top = functools.reduce(jnp.maximum, (_bits(jnp.abs(part)) for part in y))
   top = lax.bitcast_convert_type(jnp.max(top), jnp.float32)

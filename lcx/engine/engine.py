@@ -50,6 +50,7 @@ class Session:
     sums: what attention did since the prefill, by name, float [B].
     prefill_sums: the same of the prefill.
     shared_ms: time of a shared prefill, which was not spent here.
+    steps: that decode ran, those after all rows had ended included.
   """
 
   caches: tuple
@@ -62,6 +63,7 @@ class Session:
   sums: dict[str, np.ndarray]
   prefill_sums: dict[str, np.ndarray]
   shared_ms: float = 0.0
+  steps: int = 0
 
 
 class Engine:
@@ -138,6 +140,8 @@ class Engine:
     shapes = tuple((x.shape, x.dtype) for x in leaves)
     key = (name, shapes, tree, tuple(sorted(static.items())))
     if key not in self._programs:
+      # Else a compilation, whose time is taken out, hides the device's.
+      jax.block_until_ready(args)
       start = time.perf_counter()
       jitted = jax.jit(
         functools.partial(function, plan=self.plan, **static),
@@ -403,7 +407,7 @@ class Engine:
     tokens: list[list[int]] = [[] for _ in range(self.batch)]
     finite = np.ones(self.batch, bool)
     ended = np.zeros(self.batch, np.int32)
-    for first in range(0, n, DECODE_ROOM):
+    for first in range(0, max(n, 1), DECODE_ROOM):
       out = self._call(
         'decode',
         functools.partial(steps.decode_loop, room=DECODE_ROOM),
@@ -419,12 +423,13 @@ class Engine:
         donate=(1, 2, 3, 4),
       )
       chosen, session.scores, session.caches, session.states = out[:4]
-      session.lengths, done, ok, sums, status = out[4:]
+      session.lengths, done, ok, sums, status, ran = out[4:]
       session.lengths, done = self._rows(session.lengths), self._rows(done)
       session.scores = self._rows(session.scores)
       _add(session, sums)
       finite &= to_host(ok)
       ended = to_host(status)
+      session.steps += int(to_host(ran))
       for row, line in zip(tokens, to_host(chosen), strict=True):
         row.extend(int(t) for t in line if t >= 0)
       if np.all(to_host(done)):
@@ -512,10 +517,10 @@ class Engine:
         meter.lap(session.scores)
       else:
         raise ValueError(f"{protocol=} must be 'whole' or 'context_first'")
-      lengths = to_host(session.lengths)
+      lengths, before = to_host(session.lengths), session.steps
       tokens, status = self.decode(session, max_new_tokens, sampling)
       spent = meter.lap(session.scores)
-      steps_done = max(1, max(len(t) for t in tokens))
+      steps_done = max(1, session.steps - before)
       for row in range(len(prompts)):
         answers[row].append(
           self._generation(

@@ -67,6 +67,17 @@ class Plan:
     together = math.prod(self.mesh.shape[a] for a in self.token_axes[1:])
     return max(1, chunk // together)
 
+  @property
+  def steps_a_check(self) -> int:
+    """Steps of decode before it is asked whether to go on.
+
+    A GPU's host waits for the device to know, and launches nothing meanwhile;
+    of steps whose number is known it launches the next ones ahead. So rows that
+    have ended cost up to 3 idle steps there.
+    """
+    gpu = self.mesh.devices.flat[0].platform in ('gpu', 'cuda')
+    return 4 if gpu else 1
+
   def at_layer(self, layer: int) -> 'Plan':
     """The plan of a decode step's layer."""
     decode = self.method.decode.at_layer(layer)

@@ -29,10 +29,6 @@ from lcx.models.transformer import (
 )
 
 _PROMPT = P(AXES.data, AXES.seq)
-# Between two steps that a GPU's host decides on, it waits for the device; of
-# steps whose number is known it launches the next ones ahead. So rows that have
-# ended cost up to 3 idle steps.
-_STEPS_A_CHECK = 4
 
 
 def _sums(trace: Trace | None) -> dict[str, Float[Array, 'B']]:
@@ -418,12 +414,13 @@ def decode_loop(
 
   Each step samples from `scores` and feeds the choice, so that the cache holds
   every token but those after a stop. A row is done at its stop token, or when
-  its caches take no more; the program ends when all are. Every few steps, that
-  is: a step of a row that is done, or beyond the n-th, changes nothing.
+  its caches take no more; the program ends when all are, at the next multiple
+  of `plan.steps_a_check`: a step of a row that is done, or beyond the n-th,
+  changes nothing.
 
   Returns:
     (tokens int32 [B room], -1 where none, scores, caches, states, lengths,
-    done, finite bool [B], sums, status of the caches int32 [B]).
+    done, finite bool [B], sums, status of the caches int32 [B], steps run).
   """
   batch = scores.shape[0]
 
@@ -465,7 +462,8 @@ def decode_loop(
     )
 
   def few_steps(carry):
-    return jax.lax.fori_loop(0, _STEPS_A_CHECK, lambda _, c: step(c), carry)
+    n_steps = plan.steps_a_check
+    return jax.lax.fori_loop(0, n_steps, lambda _, c: step(c), carry)
 
   def going(carry):
     return (carry[0] < n) & ~jnp.all(carry[6])
@@ -495,5 +493,5 @@ def decode_loop(
     jnp.ones((batch,), bool),
     sums,
   )
-  carry = jax.lax.while_loop(going, few_steps, carry)[1:]
-  return *carry, _status(carry[2], batch)
+  carry = jax.lax.while_loop(going, few_steps, carry)
+  return *carry[1:], _status(carry[3], batch), carry[0]

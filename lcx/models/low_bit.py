@@ -13,8 +13,9 @@ decode step, bound by bytes) are multiplied and summed elementwise, which XLA
 fuses with the conversion of the codes on GPU and TPU, where it might widen the
 operand of a product of matrices first; its CPU backend does not fuse, and gets
 a tile of the outputs at a time. (One token on one GPU: `decode_layer`, whose
-kernels take w8a8, the same numbers in fewer launches.) More tokens take 8-bit
-matrices as they are, and int4 ones in tiles that are dequantised one at a time.
+kernels take w8a8 in fewer launches, a token's codes rounded once, not twice.)
+More tokens take 8-bit matrices as they are, and int4 ones in tiles that are
+dequantised one at a time.
 
 Norms, biases and the embedding table stay as they are; a tied output matrix is
 the embedding table.

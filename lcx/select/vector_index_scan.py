@@ -88,7 +88,7 @@ class ScanIndex:
     if k > n:
       return None
     factor = (min(max(k, effort), n) + 0.5) / k
-    if factor != self._factor:  # a property of faiss takes 7 us to set
+    if factor != self._factor:  # slow to set
       self._both.k_factor = self._factor = factor
     return self._both
 

@@ -6,6 +6,7 @@ import pytest
 
 from lcx import methods
 from lcx.engine import Engine
+from lcx.engine.plan import Plan
 from lcx.methods.base import Prompt
 from lcx.models import transformer
 from lcx.models.presets import PRESETS
@@ -14,10 +15,16 @@ CONFIG = PRESETS['tiny'].replace(dtype='float32')
 
 
 @pytest.mark.parametrize(
-  'name', ['lserve', pytest.param('tokenselect', marks=pytest.mark.long)]
+  'name',
+  ['lserve']
+  + [
+    pytest.param(name, marks=pytest.mark.long)
+    for name in ('dense', 'quest', 'snapkv', 'streaming', 'tokenselect')
+  ],
 )
-def test_tokens_one_at_a_time_are_tokens_at_once(name):
+def test_tokens_one_at_a_time_are_tokens_at_once(name, monkeypatch):
   """Whose state counts steps: one that is not asked for must not count."""
+  monkeypatch.setattr(Plan, 'steps_a_check', 4)  # as on a GPU
   method = methods.get_method(name).at_tight_budget(150)
   weights = transformer.init(CONFIG, jax.random.key(0))
   engine = Engine(CONFIG, weights, method, capacity=256, room=64)
@@ -29,6 +36,7 @@ def test_tokens_one_at_a_time_are_tokens_at_once(name):
   (want,), _ = engine.decode(together, 7)
   got = [engine.decode(apart, 1)[0][0][0] for _ in range(7)]
   assert got == want
+  assert (together.steps, apart.steps) == (8, 28)
   for a, b in zip(
     jax.tree.leaves((together.caches, together.states, together.scores)),
     jax.tree.leaves((apart.caches, apart.states, apart.scores)),

@@ -271,6 +271,18 @@ def test_virtual_hosts_are_timed_on_one_device_alone():
     get('hosts=4')
 
 
+@pytest.mark.parametrize(
+  ('name', 'arg', 'message'),
+  [
+    ('apb_speed', 'devices=2,method=no', 'method: no is none of all-gather'),
+    ('ruler_real', 'task=vt,file=a.jsonl', 'task and file: name one'),
+  ],
+)
+def test_arguments_that_do_not_fit(name, arg, message):
+  with pytest.raises(ValueError, match=message):
+    load(ROOT / 'configs' / f'{name}.py', arg)
+
+
 def test_a_piece_of_a_table_has_the_methods_it_names():
   def names(config, arg):
     return list(load(ROOT / 'configs' / f'{config}.py', arg)['methods'])
@@ -290,5 +302,5 @@ def test_a_piece_of_a_table_has_the_methods_it_names():
   assert both == ['dense', 'star 8', 'nothing']
   with pytest.raises(ValueError, match="part='all': one of tasks, hosts"):
     names('apb_quality', 'part=tasks/all')
-  with pytest.raises(ValueError, match="method='quest': part=tasks has star"):
+  with pytest.raises(ValueError, match='method: quest is none of star'):
     names('apb_quality', 'method=quest')

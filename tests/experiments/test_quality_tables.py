@@ -53,6 +53,7 @@ def test_selectors_are_timed_under_their_own_names(rows, times):
   assert round(times['snapkv', 32768, 'own'], 2) == 1.48
 
 
+@pytest.mark.long
 def test_a_plot_is_drawn(rows, times):
   drawn = quality_tables.draw(rows, times)
   assert drawn.startswith(b'\x89PNG')
@@ -161,6 +162,28 @@ def test_pieces_without_dense_are_joined_with_the_piece_that_has_it():
   lines = {line.split('|')[2].strip(): line for line in said.splitlines()[7:]}
   assert '| 0.00* | 0.00* | 0.00* | 0.00 | -1.00 |' in lines['y']
   assert '| 1.00 | 1.00 | 1.00 | 1.00 | +0.00 |' in lines['z']
+
+
+def test_pieces_that_give_a_label_other_numbers_are_refused():
+  run = 'python -m experiments.run --config=configs/c.py:'
+  row = {
+    'git': 'a',
+    'model': 'm',
+    'method': 'x',
+    'length': 1,
+    'protocol': 'whole',
+    'task': 't',
+    'sample': 0,
+    'question': 0,
+    'cache': 'C',
+    'decode': 'D',
+  }
+  pieces = [
+    row | {'command': f'{run}method=x,alone,heads={x}', 'prefill': f'P({x})'}
+    for x in 'ab'
+  ]
+  with pytest.raises(ValueError, match="give 'x' other numbers"):
+    quality_tables.tables(pieces)
 
 
 def test_differences_to_dense_are_drawn(tmp_path):

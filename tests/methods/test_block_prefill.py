@@ -188,8 +188,8 @@ def test_lserve_reads_the_entry_of_the_heads_it_selects_for(monkeypatch):
     ('vertical_slash', {'columns': 9, 'diagonals': 5}, 'vertical_slash_9_5'),
     ('vertical_slash', {'window': 32}, ''),
     ('spargeattn', {'similarity': -1.0}, 'sparge'),
-    ('spargeattn', {'similarity': 0.0}, ''),
-    ('spargeattn', {'similarity': 0.6}, ''),
+    ('spargeattn', {'similarity': 0.0}, 'sparge_0'),
+    ('spargeattn', {'similarity': 0.6}, 'sparge_60'),
   ],
 )
 def test_what_was_not_measured_has_no_entry(monkeypatch, name, fields, known):

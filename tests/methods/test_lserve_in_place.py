@@ -133,10 +133,10 @@ def _array_operations(config, decode, most):
 @pytest.mark.parametrize(
   'name',
   [
-    'rings',
+    'one token',
+    pytest.param('rings', marks=pytest.mark.long),
     pytest.param('short lists', marks=pytest.mark.long),
     pytest.param('dense', marks=pytest.mark.long),
-    pytest.param('one token', marks=pytest.mark.long),
   ],
 )
 def test_two_launches_list_like_array_operations(name, monkeypatch):
