@@ -251,6 +251,7 @@ def _kernel(
     bounds_ref[at] = jnp.broadcast_to(ref[0], (LANES, ref.shape[2])).T
   sink, window = _field(row_ref, 'sink'), _field(row_ref, 'window')
   sinks, middle = _field(row_ref, 'sinks'), _field(row_ref, 'middle')
+  scale = static.scale * LOG2E
 
   def update(slot, keys):
     """One step; `keys`: (key, reach) of its columns if it needs a mask."""
@@ -261,7 +262,6 @@ def _kernel(
       preferred_element_type=jnp.float32,
       precision=static.precision,
     )
-    s = s * (static.scale * LOG2E)
     width = s.shape[1]
     if keys is not None:
       key, reach = keys
@@ -270,8 +270,8 @@ def _kernel(
       s = jnp.where(mask, s, MASKED)
     top = top_ref[...]
     new = jnp.maximum(top, jnp.max(s, axis=1, keepdims=True))
-    p = jnp.exp2(s - _lanes(new, width))
-    fade = jnp.exp2(top - new)
+    p = jnp.exp2((s - _lanes(new, width)) * scale)
+    fade = jnp.exp2((top - new) * scale)
     top_ref[...] = new
     weight_ref[...] = weight_ref[...] * fade + sum(
       p[:, at : at + LANES] for at in range(0, width, LANES)
@@ -354,7 +354,8 @@ def _kernel(
   # A row with stop 0 took part in the unmasked steps.
   weight = jnp.where(bounds_ref[1] > 0, weight, 0.0)
   safe = jnp.where(weight > 0, weight, 1.0)
-  lse = jnp.where(weight > 0, top_ref[...] / LOG2E + jnp.log(safe), -jnp.inf)
+  lse = top_ref[...] * static.scale + jnp.log(safe)
+  lse = jnp.where(weight > 0, lse, -jnp.inf)
   lse_ref[0, 0] = lse.T[:1]
   weight = _lanes(weight, acc_ref.shape[1])
   out = acc_ref[...] / jnp.where(weight > 0, weight, 1.0)
