@@ -168,9 +168,10 @@ def row(kernel: str, chip: str, block_q: int, block_k: int) -> dict:
     'bundles_masked': found['branches'][1] if ours else None,
     'mxu_ideal': cycles,
     'spill_stores': found['spill_stores'],
-    # Two stages of keys and values, two of q and out, the accumulator.
+    # Two stages of keys and values, two of q and out, the accumulator, a
+    # row's maximum and sum; ours has its two bounds, too.
     'vmem_bytes': (4 * block_k + 4 * block_q) * HEAD_DIM * 2
-    + 4 * block_q * HEAD_DIM,
+    + 4 * block_q * (HEAD_DIM + (4 if ours else 2) * 128),
     'versions': {
       name: importlib.metadata.version(name) for name in ('jax', 'libtpu')
     },

@@ -6,20 +6,28 @@ the kernel walks it and copies the key blocks from HBM itself, `group` blocks a
 step into one of two buffers, the next step's (or the next tile's first) while
 this one is computed. Work and bytes are therefore those of the list.
 
-Scores are kept transposed, keys on sublanes and queries on lanes:
+Scores are row-major, s = q k^T [rows, keys], and a row's running maximum
+stands in all lanes of a [rows, 128] buffer, as in JAX's splash attention; so do
+its bounds. Its sum stays apart by lane until the tile ends.
 
-  s = k q^T [keys, rows]     acc += v^T p [H, rows]
-
-so that the softmax's max and sum run along sublanes, on the VPU, and the
-running max and sum are lane vectors, as are each row's bounds.
-
-Bundles of an unmasked and a masked 512 x 512 block by the compiler's schedule
-(experiments/results/tpu_schedule.jsonl; JAX's splash attention takes 1050 on
-v5e, 680 on v6e): 1268 and 1377 on v5e, 894 and 965 on v6e. Tried: row-major
-scores as in splash, 1148 and 1639, 924 and 1084; independent parts of 128 or
-256 queries, which the compiler runs one after the other, 1.6 to 1.8 times as
-many. What is missing to splash is overlap of a block's softmax with its own
-matmuls.
+Bundles from the first to the last matmul of an unmasked and a masked block by
+the compiler's schedule (experiments/results/tpu_schedule.jsonl; splash in
+brackets, its mask included), 512 x 512: 954 and 993 on v5e (1050), 662 and 884
+on v6e (680). Tried at that size (libtpu 0.0.48.1, no rows):
+- scores transposed, keys on sublanes: 1268 and 1377, 730 and 930; at 256 x 256
+  it is the better one on v6e (314 and 321; here 325 and 331).
+- weights cast to bfloat16 before their matmul: 936 and 954, 691 and 899; at
+  256 x 256 on v6e 318 and 320.
+- that, with the next step's scores in this one's code, through a float32
+  buffer: 985 and 1215, 585 and 731. But from branch to branch, so with what
+  stands around the matmuls, 1130 for 1109 and 818 for 907 unmasked; and a
+  tile's first scores and last step would overlap with nothing.
+- independent parts of 128 or 256 queries of the transposed form, which the
+  compiler runs one after the other: 1.6 to 1.8 times as many.
+From branch to branch a 256 x 256 block takes 513 on v6e, transposed 409 and
+splash's 571; a 512 x 512 one 884, 914 and 907. On v5e 512 x 512 is bound by
+the matrix units: 64 matmuls of 16 rows each are 1024 cycles, which the schedule
+queues closer than that.
 
 FLOPs: 4 block_q block_k H a visit. Bytes: 2 block_k H itemsize a visit, so the
 intensity is block_q FLOPs a byte (bfloat16): 512 rows keep a v5e or v6e busy.
@@ -96,7 +104,7 @@ class _Static:
   tiles: int
   width: int  # of the lists
   page: int | None  # None: contiguous keys
-  precision: lax.Precision | None
+  precision: lax.Precision
 
 
 def list_rows(plan, first, ids, count, sink, window, block_k, sliding_window):
@@ -268,6 +276,7 @@ def _kernel(
       mask = reach >= _lanes(bounds_ref[0], width)
       mask &= key < _lanes(bounds_ref[1], width)
       s = jnp.where(mask, s, MASKED)
+    # In units of the unscaled scores: scaling them first is done twice over.
     top = top_ref[...]
     new = jnp.maximum(top, jnp.max(s, axis=1, keepdims=True))
     p = jnp.exp2((s - _lanes(new, width)) * scale)
@@ -276,9 +285,10 @@ def _kernel(
     weight_ref[...] = weight_ref[...] * fade + sum(
       p[:, at : at + LANES] for at in range(0, width, LANES)
     )
+    # Float32 to the matrix units, which round it: a cast is VPU work more.
     acc_ref[...] = acc_ref[...] * _lanes(fade, acc_ref.shape[1]) + jnp.dot(
-      p.astype(v_buf.dtype),
-      v_buf[slot],
+      p,
+      v_buf[slot].astype(jnp.float32),
       preferred_element_type=jnp.float32,
       precision=static.precision,
     )
@@ -384,11 +394,13 @@ def attend_rows(
     first: [B T], see `kernels_pallas.tiles`.
     stop: [B T].
     blocks: a BlockList; its block_q is the tile.
-    scale: of the scores.
+    scale: of the scores, positive.
     sliding_window: the layer's own, or None.
     step_keys: keys a step takes, in whole blocks.
     vmem_limit_bytes: None: the compiler's default.
   """
+  if not scale > 0:
+    raise ValueError(f'{scale=} must be positive on a TPU')
   b, t, n, h = q.shape
   bq, bk = blocks.block_q, blocks.block_k
   paged = isinstance(keys, Pages)
@@ -439,7 +451,9 @@ def attend_rows(
     tiles=tb,
     width=blocks.ids.shape[3],
     page=keys.page if paged else None,
-    precision=lax.Precision.HIGHEST if q.dtype == jnp.float32 else None,
+    precision=lax.Precision.HIGHEST
+    if q.dtype == jnp.float32
+    else lax.Precision.DEFAULT,
   )
 
   def row_spec(ahead):
