@@ -14,7 +14,7 @@ Bundles from the first to the last matmul of an unmasked and a masked block by
 the compiler's schedule (experiments/results/tpu_schedule.jsonl; splash in
 brackets, its mask included), 512 x 512: 954 and 993 on v5e (1050), 662 and 884
 on v6e (680). Tried at that size (libtpu 0.0.48.1, no rows):
-- scores transposed, keys on sublanes: 1268 and 1377, 730 and 930; at 256 x 256
+- scores transposed, keys on sublanes: 1185 and 1315, 730 and 930; at 256 x 256
   it is the better one on v6e (314 and 321; here 325 and 331).
 - weights cast to bfloat16 before their matmul: 936 and 954, 691 and 899; at
   256 x 256 on v6e 318 and 320.
