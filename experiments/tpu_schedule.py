@@ -105,25 +105,28 @@ def read(path: str) -> dict:
   """Summarises one per-bundle utilisation dump.
 
   Our kernel holds two copies of a block's work, without and with the mask; the
-  matmuls of a kernel are equally many in both, so that the half of them is
-  where one ends. Splash has one.
+  matmuls of a kernel are about as many in both, so that one ends at the longest
+  idle time of the matrix units near the half of them. Splash has one.
   """
   lines = pathlib.Path(path).read_text().split('\n')
   columns = [name.strip() for name in lines[1].split(',')]
   rows = [[int(x) for x in line.split()] for line in lines[4:] if line.strip()]
-  mxu = [i for i, row in enumerate(rows) if row[columns.index('MXU')]]
+  mxu = columns.index('MXU')
+  work = [(i, row[mxu]) for i, row in enumerate(rows) if row[mxu]]
+  seen, split, longest = 0, 0, 0
+  for at, (i, busy) in enumerate(work[:-1]):
+    seen += busy
+    idle = work[at + 1][0] - i
+    if 0.4 < seen / sum(w for _, w in work) < 0.6 and idle > longest:
+      split, longest = at, idle
+  first, last = work[0][0], work[-1][0]
   spill = columns.index('VSTORE:SPILL')
-  work = [row[columns.index('MXU')] for row in rows]
-  half, seen = 0, 0
-  for half in mxu:
-    seen += work[half]
-    if 2 * seen >= sum(work):
-      break
-  second = next((i for i in mxu if i > half), mxu[-1])
   return {
     'bundles': len(rows),
-    'span': mxu[-1] - mxu[0] + 1,
-    'branches': sorted((half - mxu[0] + 1, mxu[-1] - second + 1)),
+    'span': last - first + 1,
+    'branches': sorted(
+      (work[split][0] - first + 1, last - work[split + 1][0] + 1)
+    ),
     'spill_stores': sum(row[spill] for row in rows),
   }
 
@@ -165,9 +168,10 @@ def row(kernel: str, chip: str, block_q: int, block_k: int) -> dict:
     'bundles_masked': found['branches'][1] if ours else None,
     'mxu_ideal': cycles,
     'spill_stores': found['spill_stores'],
-    # Two stages of keys and values, two of q and out, the accumulator.
+    # Two stages of keys and values, two of q and out, the accumulator, a
+    # row's maximum and sum; ours has its two bounds, too.
     'vmem_bytes': (4 * block_k + 4 * block_q) * HEAD_DIM * 2
-    + 4 * block_q * HEAD_DIM,
+    + 4 * block_q * (HEAD_DIM + (4 if ours else 2) * 128),
     'versions': {
       name: importlib.metadata.version(name) for name in ('jax', 'libtpu')
     },

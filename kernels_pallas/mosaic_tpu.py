@@ -6,20 +6,28 @@ the kernel walks it and copies the key blocks from HBM itself, `group` blocks a
 step into one of two buffers, the next step's (or the next tile's first) while
 this one is computed. Work and bytes are therefore those of the list.
 
-Scores are kept transposed, keys on sublanes and queries on lanes:
+Scores are row-major, s = q k^T [rows, keys], and a row's running maximum
+stands in all lanes of a [rows, 128] buffer, as in JAX's splash attention; so do
+its bounds. Its sum stays apart by lane until the tile ends.
 
-  s = k q^T [keys, rows]     acc += v^T p [H, rows]
-
-so that the softmax's max and sum run along sublanes, on the VPU, and the
-running max and sum are lane vectors, as are each row's bounds.
-
-Bundles of an unmasked and a masked 512 x 512 block by the compiler's schedule
-(experiments/results/tpu_schedule.jsonl; JAX's splash attention takes 1050 on
-v5e, 680 on v6e): 1268 and 1377 on v5e, 894 and 965 on v6e. Tried: row-major
-scores as in splash, 1148 and 1639, 924 and 1084; independent parts of 128 or
-256 queries, which the compiler runs one after the other, 1.6 to 1.8 times as
-many. What is missing to splash is overlap of a block's softmax with its own
-matmuls.
+Bundles from the first to the last matmul of an unmasked and a masked block by
+the compiler's schedule (experiments/results/tpu_schedule.jsonl; splash in
+brackets, its mask included), 512 x 512: 954 and 993 on v5e (1050), 662 and 884
+on v6e (680). Tried at that size (libtpu 0.0.48.1, no rows):
+- scores transposed, keys on sublanes: 1185 and 1315, 730 and 930; at 256 x 256
+  it is the better one on v6e (314 and 321; here 325 and 331).
+- weights cast to bfloat16 before their matmul: 936 and 954, 691 and 899; at
+  256 x 256 on v6e 318 and 320.
+- that, with the next step's scores in this one's code, through a float32
+  buffer: 985 and 1215, 585 and 731. But from branch to branch, so with what
+  stands around the matmuls, 1130 for 1109 and 818 for 907 unmasked; and a
+  tile's first scores and last step would overlap with nothing.
+- independent parts of 128 or 256 queries of the transposed form, which the
+  compiler runs one after the other: 1.6 to 1.8 times as many.
+From branch to branch a 256 x 256 block takes 513 on v6e, transposed 409 and
+splash's 571; a 512 x 512 one 884, 914 and 907. On v5e 512 x 512 is bound by
+the matrix units: 64 matmuls of 16 rows each are 1024 cycles, which the schedule
+queues closer than that.
 
 FLOPs: 4 block_q block_k H a visit. Bytes: 2 block_k H itemsize a visit, so the
 intensity is block_q FLOPs a byte (bfloat16): 512 rows keep a v5e or v6e busy.
@@ -46,6 +54,7 @@ LOG2E = math.log2(math.e)
 MASKED, FLOOR = -1e30, -5e29
 NEVER = 2**30  # a position that no query reaches
 HEAD_DIMS = (64, 128, 256)
+LANES = 128
 # Slots of a list row in SMEM, before the ids.
 _FIELDS = (
   'skip',
@@ -95,7 +104,7 @@ class _Static:
   tiles: int
   width: int  # of the lists
   page: int | None  # None: contiguous keys
-  precision: lax.Precision | None
+  precision: lax.Precision
 
 
 def list_rows(plan, first, ids, count, sink, window, block_k, sliding_window):
@@ -152,6 +161,13 @@ def _block(row_ref, visit):
   return jnp.where(in_middle, chosen, block), in_middle
 
 
+def _lanes(x, width: int):
+  """[rows 128], alike in all lanes, as [rows width]."""
+  if width < LANES:
+    return x[:, :width]
+  return jnp.tile(x, (1, width // LANES))
+
+
 def _is_id(row_ref, slot, block):
   """Whether ids[slot] is used and is this block."""
   width = row_ref.shape[2] - _IDS
@@ -180,7 +196,10 @@ def _kernel(
   # scratch
   k_buf,  # [2 group*block_k H]
   v_buf,
-  acc_ref,  # [H block_q]
+  acc_ref,  # [block_q H]
+  top_ref,  # [block_q 128], a row's maximum in every lane
+  weight_ref,  # [block_q 128], a row's sum is that of its lanes
+  bounds_ref,  # [2 block_q 128]: first and stop in every lane
   parity_ref,  # SMEM [1]: the buffer of the next tile's first step
   sems,  # [2 2]
   *,
@@ -234,43 +253,61 @@ def _kernel(
     start(next_ref, 0, base)
 
   acc_ref[...] = jnp.zeros_like(acc_ref)
-  first, stop = first_ref[0], stop_ref[0]  # [1 block_q]
+  weight_ref[...] = jnp.zeros_like(weight_ref)
+  top_ref[...] = jnp.full_like(top_ref, FLOOR)
+  for at, ref in enumerate((first_ref, stop_ref)):
+    bounds_ref[at] = jnp.broadcast_to(ref[0], (LANES, ref.shape[2])).T
   sink, window = _field(row_ref, 'sink'), _field(row_ref, 'window')
   sinks, middle = _field(row_ref, 'sinks'), _field(row_ref, 'middle')
-  block_q = first.shape[1]
+  scale = static.scale * LOG2E
 
-  def update(slot, mask_of, top, total):
+  def update(slot, keys):
+    """One step; `keys`: (key, reach) of its columns if it needs a mask."""
     s = lax.dot_general(
-      k_buf[slot],
       q_ref[0, 0],
+      k_buf[slot],
       (((1,), (1,)), ((), ())),
       preferred_element_type=jnp.float32,
       precision=static.precision,
     )
-    s = s * (static.scale * LOG2E)
-    if mask_of is not None:
-      s = jnp.concatenate(
-        [
-          jnp.where(mask_of(e), s[e * bk : (e + 1) * bk], MASKED)
-          for e in range(group)
-        ],
-        axis=0,
-      )
-    new = jnp.maximum(top, jnp.max(s, axis=0, keepdims=True))
-    p = jnp.exp2(s - new)
-    fade = jnp.exp2(top - new)
-    total = total * fade + jnp.sum(p, axis=0, keepdims=True)
-    acc_ref[...] = acc_ref[...] * fade + lax.dot_general(
-      v_buf[slot],
-      p.astype(v_buf.dtype),
-      (((0,), (0,)), ((), ())),
+    width = s.shape[1]
+    if keys is not None:
+      key, reach = keys
+      mask = reach >= _lanes(bounds_ref[0], width)
+      mask &= key < _lanes(bounds_ref[1], width)
+      s = jnp.where(mask, s, MASKED)
+    # In units of the unscaled scores: scaling them first is done twice over.
+    top = top_ref[...]
+    new = jnp.maximum(top, jnp.max(s, axis=1, keepdims=True))
+    p = jnp.exp2((s - _lanes(new, width)) * scale)
+    fade = jnp.exp2((top - new) * scale)
+    top_ref[...] = new
+    weight_ref[...] = weight_ref[...] * fade + sum(
+      p[:, at : at + LANES] for at in range(0, width, LANES)
+    )
+    # Float32 to the matrix units, which round it: a cast is VPU work more.
+    acc_ref[...] = acc_ref[...] * _lanes(fade, acc_ref.shape[1]) + jnp.dot(
+      p,
+      v_buf[slot].astype(jnp.float32),
       preferred_element_type=jnp.float32,
       precision=static.precision,
     )
-    return new, total
 
-  def step(j, carry):
-    top, total_weight, pointer = carry
+  def columns(blocks, listed):
+    """(key, reach) [1 keys]: a row sees it iff reach >= first, key < stop."""
+    lane = lax.broadcasted_iota(jnp.int32, (1, group * bk), 1)
+    key, far = jnp.zeros_like(lane), jnp.zeros_like(lane)
+    for e, (is_listed, live) in enumerate(listed):
+      here = lane >= e * bk
+      begin = jnp.where(live, (blocks[e] - e) * bk, NEVER)
+      key = jnp.where(here, lane + begin, key)
+      far = jnp.where(here, jnp.where(is_listed, tiles.BIG, window), far)
+    reach = jnp.where(key < sink, tiles.BIG, key + far)
+    if static.sliding_window is not None:
+      reach = jnp.minimum(reach, key + static.sliding_window)
+    return key, reach
+
+  def step(j, pointer):
     slot = lax.rem(base + j, 2)
 
     @pl.when(j + 1 < steps)
@@ -311,39 +348,28 @@ def _kernel(
       blocks.append(jnp.where(live, block, 0))
       listed.append((in_middle | hit | edge, live))
 
-    def mask_of(e):
-      key = blocks[e] * bk + lax.broadcasted_iota(jnp.int32, (bk, block_q), 0)
-      is_listed, live = listed[e]
-      low = first - jnp.where(is_listed, tiles.BIG, window)
-      mask = (key < sink) | (key >= low)
-      mask &= key < jnp.where(live, stop, 0)
-      if static.sliding_window is not None:
-        mask &= key >= first - static.sliding_window
-      return mask
+    @pl.when(whole)
+    def _():
+      update(slot, None)
 
-    top, total_weight = lax.cond(
-      whole,
-      lambda t, w: update(slot, None, t, w),
-      lambda t, w: update(slot, mask_of, t, w),
-      top,
-      total_weight,
-    )
-    return top, total_weight, pointer
+    @pl.when(jnp.logical_not(whole))
+    def _():
+      update(slot, columns(blocks, listed))
 
-  top = jnp.full((1, block_q), FLOOR, jnp.float32)
-  top, weight, _ = lax.fori_loop(
-    0,
-    steps,
-    step,
-    (top, jnp.zeros_like(top), _field(row_ref, 'cursor') + middle),
-  )
+    return pointer
+
+  lax.fori_loop(0, steps, step, _field(row_ref, 'cursor') + middle)
   parity_ref[0] = lax.rem(base + steps, 2)
+  weight = jnp.sum(weight_ref[...], axis=1, keepdims=True)
   # A row with stop 0 took part in the unmasked steps.
-  some = (weight > 0) & (stop > 0)
-  safe = jnp.where(some, weight, 1.0)
-  out = jnp.where(some, acc_ref[...] / safe, 0.0)
-  out_ref[0, 0] = out.T.astype(out_ref.dtype)
-  lse_ref[0, 0] = jnp.where(some, top / LOG2E + jnp.log(safe), -jnp.inf)
+  weight = jnp.where(bounds_ref[1] > 0, weight, 0.0)
+  safe = jnp.where(weight > 0, weight, 1.0)
+  lse = top_ref[...] * static.scale + jnp.log(safe)
+  lse = jnp.where(weight > 0, lse, -jnp.inf)
+  lse_ref[0, 0] = lse.T[:1]
+  weight = _lanes(weight, acc_ref.shape[1])
+  out = acc_ref[...] / jnp.where(weight > 0, weight, 1.0)
+  out_ref[0, 0] = jnp.where(weight > 0, out, 0.0).astype(out_ref.dtype)
 
 
 def attend_rows(
@@ -368,11 +394,13 @@ def attend_rows(
     first: [B T], see `kernels_pallas.tiles`.
     stop: [B T].
     blocks: a BlockList; its block_q is the tile.
-    scale: of the scores.
+    scale: of the scores, positive.
     sliding_window: the layer's own, or None.
     step_keys: keys a step takes, in whole blocks.
     vmem_limit_bytes: None: the compiler's default.
   """
+  if not scale > 0:
+    raise ValueError(f'{scale=} must be positive on a TPU')
   b, t, n, h = q.shape
   bq, bk = blocks.block_q, blocks.block_k
   paged = isinstance(keys, Pages)
@@ -411,7 +439,9 @@ def attend_rows(
     bk,
     sliding_window,
   )
-  group = max(1, step_keys // bk)
+  # Whole vectors of keys a step; short ones are filled with dead blocks.
+  least = LANES // math.gcd(bk, LANES)
+  group = least * max(1, step_keys // (least * bk))
   static = _Static(
     block_k=bk,
     group=group,
@@ -421,7 +451,9 @@ def attend_rows(
     tiles=tb,
     width=blocks.ids.shape[3],
     page=keys.page if paged else None,
-    precision=lax.Precision.HIGHEST if q.dtype == jnp.float32 else None,
+    precision=lax.Precision.HIGHEST
+    if q.dtype == jnp.float32
+    else lax.Precision.DEFAULT,
   )
 
   def row_spec(ahead):
@@ -465,7 +497,10 @@ def attend_rows(
     scratch_shapes=[
       pltpu.VMEM((2, group * bk, h), k.dtype),
       pltpu.VMEM((2, group * bk, h), v.dtype),
-      pltpu.VMEM((h, bq), jnp.float32),
+      pltpu.VMEM((bq, h), jnp.float32),
+      pltpu.VMEM((bq, LANES), jnp.float32),
+      pltpu.VMEM((bq, LANES), jnp.float32),
+      pltpu.VMEM((2, bq, LANES), jnp.int32),
       pltpu.SMEM((1,), jnp.int32),
       pltpu.SemaphoreType.DMA((2, 2)),
     ],

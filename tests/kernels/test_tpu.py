@@ -48,10 +48,12 @@ def pool(bits, pages, page, h):
   return Pages(codes, codes, row, row, row, row)
 
 
-def _prompt(implementation, t, h=128, width=64, dtype=BF16, bq=512, bk=128):
+def _prompt(
+  implementation, t, h=128, width=64, dtype=BF16, bq=512, bk=128, **kwargs
+):
   q, k = S((1, t, 32, h), dtype), S((1, 8, t, h), dtype)
   run = functools.partial(
-    block_sparse.block_sparse, implementation=implementation
+    block_sparse.block_sparse, implementation=implementation, **kwargs
   )
   return run, (q, k, k, blocks(32, t, width, bq, bk))
 
@@ -254,6 +256,7 @@ def test_the_compiler_refuses_what_does_not_fit():
     (functools.partial(_prompt, t=1024, h=96), 'head dim 96'),
     (functools.partial(_prompt, t=1024, bq=64), 'block_q=64'),
     (functools.partial(_prompt, t=1024, bk=16), 'block_k=16'),
+    (functools.partial(_prompt, t=1024, scale=-1.0), 'scale=-1.0'),
     (
       functools.partial(
         _selected, function='attend_pages', bits=8, page=16, width=4

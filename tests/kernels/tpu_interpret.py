@@ -131,6 +131,8 @@ MORE = {
     ),
     functools.partial(_block, 'float32', b=1, t=1, s=65, group=1, h=256),
     functools.partial(_block, 'float32', b=2, t=300, s=700, kv=1, group=8),
+    # Blocks that are no whole vectors of keys: a step is filled with dead ones.
+    functools.partial(_block, 'float32', b=1, t=140, s=400, block_k=96),
     functools.partial(_paged, 8, 40),
   ),
   'selected_more': (
