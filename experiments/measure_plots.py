@@ -45,6 +45,8 @@ def figure(rows: Sequence[Row]) -> Figure:
     op, name = row['op'], row['case']
     if 'length' in row:
       op, name = f'{op}, {name.rpartition(" ")[0]}', row['implementation']
+      if row.get('layers', 0) > 1:  # a cut model beside the whole one
+        op += f' of {row["layers"]} layers'
     title = f'{op}, {row["device"].removeprefix("1 x ")}'
     line = panels.setdefault(title, {}).setdefault(name, {})
     line[row['case'], row['implementation']] = row
@@ -127,6 +129,7 @@ def _points(ax: Axes, panel: _Panel, styles: dict[str, dict]) -> None:
 def _said(row: Row) -> str:
   ms = row['ms']
   text = f'{ms * 1e3:.1f} us' if ms < 1 else f'{ms:#.3g}'.rstrip('.') + ' ms'
+  text = f'{ms:.0f} ms' if ms >= 1000 else text
   if row['ratio'] and row['peer'] != row['implementation']:
     text += f', {row["ratio"]:.2f} x {row["peer"]}'
   return text

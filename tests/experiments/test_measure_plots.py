@@ -69,6 +69,16 @@ def test_methods_at_one_length_are_lines_of_a_panel():
   assert ax.get_xlabel() == 'ms at 64 tokens'
 
 
+def test_a_cut_model_has_a_panel_of_its_own():
+  cut = [row | {'layers': 4} for row in TIMES[2:]]
+  whole = [row | {'ms': 1234.5, 'layers': 0} for row in TIMES[2:4]]
+  both, few = measure_plots.figure(whole + cut).axes
+  assert both.get_title() == 'layer, tiny, chip'
+  assert few.get_title() == 'layer, tiny of 4 layers, chip'
+  said = [x.get_text() for x in both.child_axes[0].get_yticklabels()]
+  assert said[0].startswith('1234 ms')
+
+
 def test_recorded_rows_become_a_png(tmp_path):
   source, out = tmp_path / 'rows.jsonl', tmp_path / 'out.png'
   source.write_text('\n'.join(map(json.dumps, RATES + TIMES)))
