@@ -13,11 +13,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas.page_choice import kv_page_scores
-from lcx import head_profile, methods, policy, sharding
+from lcx import head_profile, methods, sharding
 from lcx.cache import CacheShape
 from lcx.engine import Engine
 from lcx.head_profile import HeadProfile
-from lcx.methods import lserve
 from lcx.methods.base import Context
 from lcx.methods.lserve import LServeDecode, LServePrefill, TwoWayPaged
 from lcx.models import transformer
@@ -213,75 +212,6 @@ def test_it_sees_everything_within_the_budget_and_below_the_crossover():
     for line in (short, dense):
       out, q, _ = line.feed(i)
       check(line, out, q, set(range(99)), 0)
-
-
-def measured(crossover):
-  """A policy that knows one crossover, on this device."""
-  entry = policy.Entry(
-    op='step',
-    method='lserve',
-    device=jax.devices()[0].device_kind,
-    heads=HEADS,
-    kv_heads=K,
-    head_dim=H,
-    bits=32,
-    crossover=crossover,
-    evidence=((crossover - 1, 0.5, ''), (crossover, 1.5, '')),
-  )
-  return policy.Policy((entry,))
-
-
-def sees_all(monkeypatch, decode, config=CACHE):
-  """Whether a step lists no pages; traced alone."""
-  line, listed = Line(config, decode), []
-
-  def note(self, q, cache, state, ctx):
-    listed.append(self)
-    return state, cache.page_ids(), cache.page_starts()
-
-  with monkeypatch.context() as patch:
-    patch.setattr(LServeDecode, '_listed', note)
-    row = jax.ShapeDtypeStruct((1,), 'int32')
-    jax.eval_shape(
-      functools.partial(step.__wrapped__, decode=decode),
-      *tokens(0, 1),
-      line.cache,
-      decode.start(line.cache, None),
-      row,
-      row,
-    )
-  return not listed
-
-
-def test_an_entry_is_read_for_the_numbers_it_has(monkeypatch):
-  """A cache with room for fewer tokens is seen whole, but for rings."""
-  own = {name: getattr(DECODE, name) for name in lserve.MEASURED}
-  monkeypatch.setattr(lserve, 'MEASURED', own)
-  plain = TwoWayPaged(page=PAGE, logical_page=4)
-  for crossover, fields, config, want in (
-    (CAPACITY + 1, {}, CACHE, True),
-    (CAPACITY, {}, CACHE, False),
-    (CAPACITY + 1, {'sink': 3}, CACHE, False),
-    (CAPACITY + 1, {'crossover': 0}, CACHE, False),
-    (CAPACITY + 1, {}, plain, False),  # rows are of half the heads streaming
-  ):
-    monkeypatch.setattr(policy, 'load', lambda n=crossover: measured(n))
-    decode = dataclasses.replace(DECODE, **({'crossover': -1} | fields))
-    assert sees_all(monkeypatch, decode, config) == want
-
-
-def test_the_measured_numbers_are_those_of_the_policys_rows():
-  decode = methods.get_method('lserve').decode
-  assert decode.crossover == policy.AS_MEASURED
-  assert decode.measured_as == 'lserve'
-  for name, number in (('budget', 2048), ('reuse', 8), ('group', 'sum')):
-    assert dataclasses.replace(decode, **{name: number}).measured_as == ''
-  said = ', '.join(f'{name}={x!r}' for name, x in lserve.MEASURED.items())
-  found = [e for e in policy.load().entries if e.method == 'lserve']
-  assert found
-  for entry in found:
-    for *_, setting in entry.evidence:
-      assert setting == f'LServeDecode({said}, crossover=0)'
 
 
 def test_recycled_pages_leave_nothing_behind():
