@@ -1,10 +1,11 @@
 """Plots of committed quality rows: how far each method is from dense.
 
-python -m experiments.quality_plots ROWS.jsonl[.xz] OUT.png [CONFIG]
+python -m experiments.quality_plots ROWS.jsonl[.xz] OUT.png [TEXT ...]
 
 A panel a model, length and protocol, a line a method: the mean difference to
-dense over all tasks, its 95% interval, and the task that lost most. CONFIG
-keeps the rows whose command names configs/CONFIG.py.
+dense over all tasks, its 95% interval, and the task that lost most. Rows
+stay whose command and revision contain every TEXT (a config's name, one of its
+arguments): a label that means other numbers in another run must not meet it.
 """
 
 import io
@@ -38,6 +39,7 @@ def draw(rows: Sequence[Row]) -> bytes:
       panels.setdefault(where, []).append(line)
   if not panels:
     raise ValueError('no row has a partner in dense: nothing to draw')
+  panels = dict(sorted(panels.items()))
   worst = _worst(comparison.compare(rows))
   heights = [len(lines) + 2.0 for lines in panels.values()]
   figure = Figure(figsize=(7.0, 0.19 * sum(heights)), layout='constrained')
@@ -55,7 +57,7 @@ def draw(rows: Sequence[Row]) -> bytes:
       ax.plot(worst[*where, line.method], y, 'x', color='C3')
     ax.axvline(0, color='0.15', linestyle='--')
     ax.set_yticks(range(len(lines)), [line.method for line in lines])
-    ax.invert_yaxis()
+    ax.set_ylim(len(lines) - 0.4, -0.6)  # the first on top, none cut
     model, length, protocol = where
     ax.set_title(
       f'{model}, {tidy(length, None)}, {protocol.replace("_", " ")}, '
@@ -84,13 +86,14 @@ def _worst(lines: Sequence[Line]) -> dict[tuple, float]:
 
 def main(argv: Sequence[str]) -> None:
   """Draws a file's rows."""
-  if len(argv) not in (2, 3):
-    raise ValueError('give ROWS.jsonl and OUT.png, and perhaps a config')
-  source, out, *config = argv
-  rows = quality_tables.read(pathlib.Path(source))
-  if config:
-    named = f'configs/{config[0]}.py'
-    rows = [row for row in rows if named in row.get('command', '')]
+  if len(argv) < 2:
+    raise ValueError('give ROWS.jsonl and OUT.png, and what commands contain')
+  source, out, *texts = argv
+  rows = []
+  for row in quality_tables.read(pathlib.Path(source)):
+    about = f'{row.get("command", "")} {row.get("git", "")}'
+    if all(text in about for text in texts):
+      rows.append(row)
   write_file(out, draw(rows))
 
 
