@@ -12,6 +12,7 @@ share a GPU say nothing about time. Times come from the rows of selector_bench
 and, of SnapKV's decode, measure_methods alone, which have other heads.
 """
 
+import collections
 import io
 import json
 import lzma
@@ -60,6 +61,7 @@ _CROSSED = re.compile(r'(vertical_slash)_128_256( )of (\d+)K, .*, keys of \S+')
 _SHARES = ('1/8', '1/16')
 # Arguments of a config that cut a piece out of its table.
 _PIECES = ('method', 'task', 'protocol', 'part', 'heads', 'alone')
+_CELLS = ('task', 'protocol')  # by which all methods' table is cut
 _HOW = ('--config.batch=', '--config.shared_gib=')
 _ALONE = re.compile(r'[:,]alone\b')
 _OWN = 'own'  # what its numbers list, or keep for decode
@@ -212,21 +214,27 @@ def runs(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def tables(rows: Iterable[Row]) -> list[list[Row]]:
-  """A run each; pieces `alone` with all others that their table is cut into.
+  """A run each; pieces with all others that their table is cut into.
 
-  Those are of the same config, revision and other arguments, in any batch. What
+  Those are of the same config, revision and other arguments, in any batch:
+  pieces `alone`, or of the same methods on other tasks and protocols. What
   several pieces answered (dense, say) counts once.
 
   Raises:
     ValueError: two pieces of a table give a label other numbers.
   """
   pieces = runs(rows)
-  wholes = {c: (*_whole(c), members[0]['git']) for c, members in pieces.items()}
+  wholes, cells = (
+    {c: (*_whole(c, names), rows[0]['git']) for c, rows in pieces.items()}
+    for names in (_PIECES, _CELLS)
+  )
   cut = {wholes[command] for command in pieces if _ALONE.search(command)}
+  cut |= {x for x, n in collections.Counter(cells.values()).items() if n > 1}
   found: dict[Any, dict[Any, Row]] = {}
   for command, members in pieces.items():
-    joined = wholes[command] in cut
-    table = found.setdefault(wholes[command] if joined else command, {})
+    keys = [x[command] for x in (wholes, cells) if x[command] in cut]
+    joined = bool(keys)
+    table = found.setdefault(keys[0] if joined else command, {})
     for row in members:
       place = (*_place(row), row['sample'], row['question'])
       known = table.setdefault(place if joined else row['key'], row)
@@ -241,13 +249,13 @@ def tables(rows: Iterable[Row]) -> list[list[Row]]:
   return [list(table.values()) for table in found.values()]
 
 
-def _whole(command: str) -> list[str]:
+def _whole(command: str, cut_by: Sequence[str]) -> list[str]:
   """The words of the command of which this one makes a piece."""
   kept = []
   for word in shlex.split(command):
     if word.startswith('--config='):
       file, _, argument = word.partition(':')
-      names = [x for x in argument.split(',') if x.split('=')[0] not in _PIECES]
+      names = [x for x in argument.split(',') if x.split('=')[0] not in cut_by]
       word = f'{file}:{",".join(names)}'
     if not word.startswith(_HOW):
       kept.append(word)

@@ -164,6 +164,16 @@ def test_pieces_without_dense_are_joined_with_the_piece_that_has_it():
   assert '| 1.00 | 1.00 | 1.00 | 1.00 | +0.00 |' in lines['z']
 
 
+def test_pieces_of_the_same_methods_on_other_tasks_are_joined():
+  run = 'run --config=configs/ruler_real.py:length=4096'
+  first = piece(f'{run},method=x,task=a', {'dense': 1, 'x': 0}, tasks=('a',))
+  second = piece(f'{run},method=x,task=b/c', {'dense': 1, 'x': 0}, tasks='bc')
+  other = piece(f'{run},method=y,task=b', {'dense': 1, 'y': 0}, tasks='b')
+  joined, alone = quality_tables.tables([*first, *second, *other])
+  assert joined == first + second
+  assert alone == other
+
+
 def test_pieces_that_give_a_label_other_numbers_are_refused():
   run = 'python -m experiments.run --config=configs/c.py:'
   row = {
