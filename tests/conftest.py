@@ -67,6 +67,9 @@ def pytest_configure(config):
       # abort the process.
       '--xla_cpu_collective_call_terminate_timeout_seconds=600',
       xla.EMITTERS,
+      # Outside COMPILING, whose level is 0. Two methods of test_quality take
+      # 23 s of CPU time, by these emitters at the default level 35 s.
+      '--xla_backend_optimization_level=1',
     )
   )
 
