@@ -14,7 +14,6 @@ import time
 import pytest
 
 from experiments import evaluate, processes, resolve, run, witness
-from tests import xla
 from tests.experiments import two_devices
 
 pytestmark = [pytest.mark.mesh, pytest.mark.timeout(240)]
@@ -52,7 +51,7 @@ class Group:
             env=os.environ
             | {
               'PYTHONPATH': str(ROOT),
-              'XLA_FLAGS': xla.EMITTERS,  # one device
+              'XLA_FLAGS': '',
               'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
             }
             | environment,
