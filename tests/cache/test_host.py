@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 
 import chex
 import jax
@@ -11,7 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments import environment
 from kernels_pallas.partial import Partial, merge
+from lcx import cores
 from lcx.cache import (
   CacheShape,
   Host,
@@ -167,10 +170,26 @@ def test_an_index_counts_before_it_is_built():
   assert host_calls.held_bytes() <= config.bound()
 
 
+def test_threads_are_as_many_as_the_cores_that_the_process_is_bound_to():
+  """`taskset -c 0-15` on a machine of 32 made 32, which waited for 16."""
+  if not hasattr(os, 'sched_setaffinity'):
+    pytest.skip('no binding on this platform')
+  mine = os.sched_getaffinity(0)
+  assert cores.available() == len(mine)
+  try:
+    os.sched_setaffinity(0, {min(mine)})
+    assert cores.available() == 1
+    assert environment.describe()['cores'] == 1
+    assert host_calls.pool.__wrapped__()._max_workers == 1
+  finally:
+    os.sched_setaffinity(0, mine)
+
+
 @pytest.mark.skipif(not has_faiss(), reason="needs faiss: 'lcx[index]'")
 def test_tokens_that_join_count_and_a_row_without_room_ends_alone(monkeypatch):
   """Both want to join tokens; there is room for those of one."""
   monkeypatch.setattr(host_row, '_JOIN', 16)
+  monkeypatch.setattr(host_row, '_WIDE', 16)
   rule = dataclasses.replace(SEARCH, top=4, mass=0.0)
   rows = [ROWS[0], [], [], ROWS[3]]
   cache = grow(rows)
@@ -206,10 +225,10 @@ def test_too_little_memory_is_refused_with_the_figure():
   class Model:
     dtype, head_dim, n_layers, n_kv_heads = 'bfloat16', 128, 32, 8
 
-  # 2 * 128 * 2 B * 32 * 8 = 128 KiB a token.
-  with pytest.raises(ValueError, match='take 16 GiB .* but 1 GiB'):
+  # 2 * 128 * 2 B * 32 * 8 = 128 KiB a token, and a sixteenth of room.
+  with pytest.raises(ValueError, match='take 17 GiB .* but 1 GiB'):
     Host(gigabytes=1.0).check(Model, 1 << 17, 1, None)
-  Host(gigabytes=17.0).check(Model, 1 << 17, 1, None)
+  Host(gigabytes=18.0).check(Model, 1 << 17, 1, None)
   with pytest.raises(ValueError, match='gigabytes=-1'):
     Host(gigabytes=-1)
 

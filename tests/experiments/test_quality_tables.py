@@ -1,10 +1,17 @@
 """Tables of committed quality rows."""
 
 import json
+import shlex
+import sys
 
 import pytest
 
-from experiments import comparison, quality_plots, quality_tables
+from experiments import (
+  comparison,
+  environment,
+  quality_plots,
+  quality_tables,
+)
 
 
 @pytest.fixture(scope='module')
@@ -86,6 +93,17 @@ def make_run(folder, scores, command):
   return folder
 
 
+WORDS = '--config=c.py:method=two words'
+
+
+def test_a_command_can_be_pasted(monkeypatch):
+  words = [WORDS, "--config.kinds=('a',)", '--config.x=$HOME "', '--config.y=1']
+  monkeypatch.setattr(sys, 'argv', ['run.py', *words])
+  command = environment.command()
+  assert shlex.split(command) == ['python', '-m', 'experiments.run', *words]
+  assert f'"{WORDS}"' in command and command.endswith(' --config.y=1')
+
+
 def test_a_run_takes_the_place_of_what_its_command_gave(tmp_path):
   command = (
     'python -m experiments.run --workdir=/tmp/x --config=c.py:method=two words'
@@ -93,7 +111,9 @@ def test_a_run_takes_the_place_of_what_its_command_gave(tmp_path):
   )
   first = make_run(tmp_path / 'a', {'dense': [1, 1], 'b': [1, 0]}, command)
   other = make_run(tmp_path / 'b', {'dense': [0]}, 'python -m x --config=d.py')
-  again = make_run(tmp_path / 'c', {'dense': [1, 1], 'b': [0]}, command)
+  # As `environment.command` writes it since words are quoted.
+  quoted = command.replace('--config=c.py:method=two words', f'"{WORDS}"')
+  again = make_run(tmp_path / 'c', {'dense': [1, 1], 'b': [0]}, quoted)
   rows = []
   for folder in (first, other, again):
     rows = quality_tables.taken(rows, folder)
