@@ -32,9 +32,10 @@ from lcx.cache.host_step import (
   Part,
   Step,
   lse_of,
-  merged,
   mixed,
   products,
+  scanned,
+  spread,
   weights,
 )
 from lcx.select import vector_index as vi
@@ -49,7 +50,6 @@ _SAMPLE = 256  # keys whose scores tell what a search left out
 # have not joined are scanned at every step.
 _JOIN = 64
 _WIDE = 512  # fresh tokens that there is room for at first
-_BLOCK = 16384  # keys of an exact scan that are widened to float32 at a time
 _VALUES = 1024  # values that are multiplied together: they stay in a cache
 _A_JOB = 4  # times as many are a job: fewer take less time than a thread's wait
 
@@ -524,11 +524,7 @@ class Row:
   def _scan_best(self, step: 'Step', head: int, rows, top: int) -> None:
     """The `top` best of all tokens of a head."""
     q, first, until = step.q[rows], step.first, step.until
-    score = np.empty((len(rows), until - first), np.float32)
-    for at in range(first, until, _BLOCK):
-      stop = min(at + _BLOCK, until)
-      keys = self.k[head, at:stop].astype(np.float32)
-      score[:, at - first : stop - first] = q @ keys.T
+    score = scanned(q, self.k[head, first:until])
     best = np.argpartition(-score, top - 1, axis=1)
     left = np.take_along_axis(score, best[:, top:], 1)
     weight, lse = weights(np.take_along_axis(score, best[:, :top], 1))
@@ -540,15 +536,9 @@ class Row:
     """All tokens of a head."""
     del top
     q, first, until = step.q[rows], step.first, step.until
-    out = np.zeros(q.shape, np.float32)
-    lse = np.full((len(rows),), -np.inf, np.float32)
-    for at in range(first, until, _BLOCK):
-      stop = min(at + _BLOCK, until)
-      score = q @ self.k[head, at:stop].T.astype(np.float32)
-      weight, part_lse = weights(score)
-      part = weight @ self.v[head, at:stop].astype(np.float32)
-      out, lse = merged(out, lse, part, part_lse)
-    step.out[rows], step.lse[rows], step.rest[rows] = out, lse, -np.inf
+    weight, lse = weights(scanned(q, self.k[head, first:until]))
+    step.out[rows] = spread(weight, self.v[head, first:until])
+    step.lse[rows], step.rest[rows] = lse, -np.inf
 
 
 def _wider(x: np.ndarray, size: int) -> np.ndarray:

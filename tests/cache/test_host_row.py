@@ -378,6 +378,21 @@ def test_values_of_16_bits_are_mixed_as_they_are():
     np.testing.assert_allclose(host_step.mixed(weight, x), want, rtol=1e-5)
 
 
+@pytest.mark.parametrize('dtype', [np.float16, np.float32])
+def test_a_scan_of_all_tokens_is_what_numpy_says(dtype):
+  draw = np.random.default_rng(0)
+  q = draw.normal(size=(3, 8)).astype(np.float32)
+  for n in (0, 5, 256, 700):
+    x = draw.normal(size=(n, 8)) * 10.0 ** draw.integers(-6, 4, n)[:, None]
+    x = x.astype(dtype)  # 16-bit floats below 2^-14, too
+    weight = draw.random((3, n)).astype(np.float32)
+    for got, want in (
+      (host_step.scanned(q, x), q.astype(float) @ x.T.astype(float)),
+      (host_step.spread(weight, x), weight.astype(float) @ x.astype(float)),
+    ):
+      np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3)
+
+
 def test_products_with_many_keys_are_those_of_all():
   draw = np.random.default_rng(0)
   q = draw.normal(size=(2, 3, 8)).astype(np.float32)
