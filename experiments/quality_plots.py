@@ -1,10 +1,12 @@
 """Plots of committed quality rows: how far each method is from dense.
 
-python -m experiments.quality_plots ROWS.jsonl[.xz] OUT.png [CONFIG]
+python -m experiments.quality_plots ROWS.jsonl[.xz] OUT.png [CONFIG [REVISION]]
 
-A panel a model, length and protocol, a line a method: the mean difference to
-dense over all tasks, its 95% interval, and the task that lost most. CONFIG
-keeps the rows whose command names configs/CONFIG.py.
+A panel a model, protocol and length, a line a method: the mean difference to
+dense over all tasks, its 95% interval, and the task that lost most; in brackets
+how many samples it has, where others have more. CONFIG keeps the rows whose
+command names configs/CONFIG.py, REVISION those of one: another's prompts may
+differ.
 """
 
 import io
@@ -34,10 +36,13 @@ def draw(rows: Sequence[Row]) -> bytes:
   panels: dict[tuple, list[Line]] = {}
   for line in comparison.by_length(rows):
     if line.difference:
-      where = line.model, line.length, line.protocol
+      where = line.model, line.protocol, line.length
       panels.setdefault(where, []).append(line)
   if not panels:
     raise ValueError('no row has a partner in dense: nothing to draw')
+  # By length; of one, whole prompts first.
+  panels = dict(sorted(panels.items(), reverse=True))
+  panels = dict(sorted(panels.items(), key=lambda x: (x[0][0], x[0][2])))
   worst = _worst(comparison.compare(rows))
   heights = [len(lines) + 2.0 for lines in panels.values()]
   figure = Figure(figsize=(7.0, 0.19 * sum(heights)), layout='constrained')
@@ -54,12 +59,16 @@ def draw(rows: Sequence[Row]) -> bytes:
       )
       ax.plot(worst[*where, line.method], y, 'x', color='C3')
     ax.axvline(0, color='0.15', linestyle='--')
-    ax.set_yticks(range(len(lines)), [line.method for line in lines])
-    ax.invert_yaxis()
-    model, length, protocol = where
+    most = max(_pairs(line) for line in lines)
+    names = [
+      line.method if _pairs(line) == most else f'{line.method} ({_pairs(line)})'
+      for line in lines
+    ]
+    ax.set_yticks(range(len(lines)), names)
+    ax.set_ylim(len(lines) - 0.4, -0.6)
+    model, protocol, length = where
     ax.set_title(
-      f'{model}, {tidy(length, None)}, {protocol.replace("_", " ")}, '
-      f'n = {max(line.n for line in lines)}'
+      f'{model}, {tidy(length, None)}, {protocol.replace("_", " ")}, n = {most}'
     )
   axes[-1, 0].set_xlabel(
     'score less that of dense: mean over tasks with its 95% interval (hollow: '
@@ -71,12 +80,16 @@ def draw(rows: Sequence[Row]) -> bytes:
   return buffer.getvalue()
 
 
+def _pairs(line: Line) -> int:
+  return line.difference.pairs if line.difference else 0
+
+
 def _worst(lines: Sequence[Line]) -> dict[tuple, float]:
-  """(model, length, protocol, method): its tasks' smallest difference."""
+  """(model, protocol, length, method): its tasks' smallest difference."""
   found: dict[tuple, float] = {}
   for line in lines:
     if line.difference and line.method != BASELINE:
-      key = line.model, line.length, line.protocol, line.method
+      key = line.model, line.protocol, line.length, line.method
       mean = line.difference.mean
       found[key] = min(found.get(key, mean), mean)
   return found
@@ -84,13 +97,16 @@ def _worst(lines: Sequence[Line]) -> dict[tuple, float]:
 
 def main(argv: Sequence[str]) -> None:
   """Draws a file's rows."""
-  if len(argv) not in (2, 3):
-    raise ValueError('give ROWS.jsonl and OUT.png, and perhaps a config')
+  if len(argv) not in (2, 3, 4):
+    raise ValueError(
+      'give ROWS.jsonl and OUT.png, and perhaps a config and a revision'
+    )
   source, out, *config = argv
   rows = quality_tables.read(pathlib.Path(source))
   if config:
-    named = f'configs/{config[0]}.py'
+    named, git = f'configs/{config[0]}.py', config[1:]
     rows = [row for row in rows if named in row.get('command', '')]
+    rows = [row for row in rows if not git or row['git'] == git[0]]
   write_file(out, draw(rows))
 
 

@@ -5,6 +5,7 @@ import shlex
 import sys
 
 import pytest
+from matplotlib.axes import Axes
 
 from experiments import (
   comparison,
@@ -215,10 +216,24 @@ def test_differences_to_dense_are_drawn(tmp_path):
   assert out.read_bytes()[:24] == drawn[:24]
   lines = comparison.compare(quality_tables.read(source))
   worst = quality_plots._worst(lines)
-  where = 'SmolLM2-135M-Instruct.Q4_1', 2048, 'whole'
+  where = 'SmolLM2-135M-Instruct.Q4_1', 'whole', 2048
   assert worst[*where, 'no anchor random'] == -1
   with pytest.raises(ValueError, match='no row has a partner in dense'):
     quality_plots.main([str(source), str(out), 'ruler_real'])
+
+
+def test_a_plot_of_one_revision_says_who_has_fewer_samples(
+  rows, tmp_path, monkeypatch
+):
+  names = []
+  monkeypatch.setattr(
+    Axes, 'set_yticks', lambda self, at, said: names.append(list(said))
+  )
+  out = tmp_path / 'out.png'
+  config = ['ruler_real', 'f053b1f4816b']
+  quality_plots.main([str(quality_tables.ROWS), str(out), *config])
+  assert len(names) == 6 and 'retrieval_cluster (40)' in names[1]
+  assert 'lserve' in names[0] and 'lserve' not in names[2]  # another revision's
 
 
 def test_what_is_no_run_is_refused(tmp_path):
