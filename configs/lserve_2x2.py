@@ -29,7 +29,7 @@ def get_config(arg=''):
   config.model = '.cache/models/SmolLM2-135M-Instruct.Q4_1.gguf'
   config.dtype = 'bfloat16'
   static = {'method': 'lserve', 'profile': arg.profile}
-  dynamic = {'budget': arg.budget}
+  dynamic = {'decode': {'budget': arg.budget, 'crossover': 0}}
   config.methods = common.methods(
     arg.method,
     {
@@ -59,7 +59,7 @@ def get_config(arg=''):
     config.model = 'preset:tiny'
     config.dtype = 'float32'
     both = config.methods.both
-    both.budget, both.profile = 384, 'alternate'
+    both.decode.budget, both.profile = 384, 'alternate'
     config.methods = common.table({'dense': {}})
     config.methods.both = both
     config.tasks = common.table({'niah_single_2': {}})

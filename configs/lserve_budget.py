@@ -69,10 +69,10 @@ def _variants(small):
   """Labels name the undivided budgets."""
 
   def budget(n):
-    fields = {'budget': n // small}
+    decode = {'budget': n // small, 'crossover': 0}
     if small > 1:
-      fields['decode'] = {'sink': 64, 'recent': 256 // small}
-    return fields
+      decode |= {'sink': 64, 'recent': 256 // small}
+    return {'decode': decode}
 
   two = budget(2048)
   pages = {

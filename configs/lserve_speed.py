@@ -32,7 +32,9 @@ def get_config(arg=''):
   # Selected at every length, whatever the policy file advises.
   dynamic = {'dynamic': 'xattention', 'density': 0.125, 'dense_below': 0}
   prefill = arg.op == 'prefill'
-  lserve = {'method': 'lserve', 'bits': arg.bits}
+  # What the policy file has of crossovers comes from these rows.
+  always = {'decode': {'crossover': 0}}
+  lserve = {'method': 'lserve', 'bits': arg.bits, **always}
   config.methods = common.table(
     {
       'dense': dense,
@@ -40,7 +42,7 @@ def get_config(arg=''):
       'static only': {
         **lserve,
         **static,
-        # A retrieval head sees everything below the crossover.
+        # A retrieval head sees everything below a crossover.
         'decode': {'crossover': 2**30},
       },
       'dynamic only': {**lserve, **(dynamic if prefill else {})},
@@ -82,7 +84,7 @@ def get_config(arg=''):
     sparse = 'reuse=4' if arg.reuse else 'lserve'
     keep = {name: config.methods[name] for name in ('dense', sparse)}
     config.methods = common.table(keep)
-    config.methods[sparse].decode = {'budget': 320}
+    config.methods[sparse].decode.budget = 320
   if arg.bits < 16:
     config.methods = common.table(
       {f'{k}, int{arg.bits}': v.to_dict() for k, v in config.methods.items()}

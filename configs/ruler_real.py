@@ -40,7 +40,9 @@ _METHODS = {
   'streaming': {'prefill': _WINDOW, 'cache': _WINDOW, 'decode': _WINDOW},
   # By the question is better, but needs it while the context is read.
   'apb': {'prefill': {'compressor': 'snapkv'}},
-  'lserve': {'decode': {'budget': 1024, 'sink': 64, 'recent': 256}},
+  'lserve': {
+    'decode': {'budget': 1024, 'sink': 64, 'recent': 256, 'crossover': 0}
+  },
   'quest': {'decode': {'budget': 1024}},
   'snapkv': {'decode': {'budget': 1024, 'crossover': 0}},
   'tokenselect': {'prefill': {'k': 512}, 'decode': {'k': 512}},

@@ -20,6 +20,7 @@ REAL = (
   'sparge_60',
   'vertical_slash_128_256',
   'vertical_slash_1000_6096',
+  FIXED[0],  # how much of a model's mass its tokens hold
 )
 MODEL = '.cache/models/qwen2.5-coder-0.5b-instruct.gguf'
 

@@ -1,12 +1,12 @@
 """Plots of committed quality rows: how far each method is from dense.
 
-python -m experiments.quality_plots ROWS.jsonl[.xz] OUT.png [CONFIG [REVISION]]
+python -m experiments.quality_plots ROWS.jsonl[.xz] OUT.png [TEXT ...]
 
 A panel a model, protocol and length, a line a method: the mean difference to
 dense over all tasks, its 95% interval, and the task that lost most; in brackets
-how many samples it has, where others have more. CONFIG keeps the rows whose
-command names configs/CONFIG.py, REVISION those of one: another's prompts may
-differ.
+how many samples it has, where others of the panel have more. Rows stay whose
+command and revision contain every TEXT (a config's name, one of its
+arguments): a label that means other numbers in another run must not meet it.
 """
 
 import io
@@ -97,16 +97,14 @@ def _worst(lines: Sequence[Line]) -> dict[tuple, float]:
 
 def main(argv: Sequence[str]) -> None:
   """Draws a file's rows."""
-  if len(argv) not in (2, 3, 4):
-    raise ValueError(
-      'give ROWS.jsonl and OUT.png, and perhaps a config and a revision'
-    )
-  source, out, *config = argv
-  rows = quality_tables.read(pathlib.Path(source))
-  if config:
-    named, git = f'configs/{config[0]}.py', config[1:]
-    rows = [row for row in rows if named in row.get('command', '')]
-    rows = [row for row in rows if not git or row['git'] == git[0]]
+  if len(argv) < 2:
+    raise ValueError('give ROWS.jsonl and OUT.png, and what commands contain')
+  source, out, *texts = argv
+  rows = []
+  for row in quality_tables.read(pathlib.Path(source)):
+    about = f'{row.get("command", "")} {row.get("git", "")}'
+    if all(text in about for text in texts):
+      rows.append(row)
   write_file(out, draw(rows))
 
 

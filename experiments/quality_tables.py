@@ -12,6 +12,7 @@ share a GPU say nothing about time. Times come from the rows of selector_bench
 and, of SnapKV's decode, measure_methods alone, which have other heads.
 """
 
+import collections
 import io
 import json
 import lzma
@@ -26,6 +27,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from experiments import comparison, environment
 from experiments.comparison import BASELINE, Line
@@ -56,10 +58,15 @@ TIMES = (
 # (selector, length, setting) -> dense's time over that of the selector.
 Speeds = dict[tuple[str, int, str], float]
 _SPEED = re.compile(r'(\w+) (1/\d+) of (\d+)K, density [\d.]+')
-_CROSSED = re.compile(r'(vertical_slash)_128_256( )of (\d+)K, .*, keys of \S+')
+# Whose lists follow from a model's keys, with the numbers of configs/selectors.
+_CROSSED = re.compile(
+  r'(vertical_slash(?=_128_256 )|sparge_20(?= threshold 0\.9 ))\S*'
+  r'( )(?:threshold 0\.9 )?of (\d+)K, .*, keys of \S+'
+)
 _SHARES = ('1/8', '1/16')
 # Arguments of a config that cut a piece out of its table.
 _PIECES = ('method', 'task', 'protocol', 'part', 'heads', 'alone')
+_CELLS = ('task', 'protocol')  # by which all methods' table is cut
 _HOW = ('--config.batch=', '--config.shared_gib=')
 _ALONE = re.compile(r'[:,]alone\b')
 _OWN = 'own'  # what its numbers list, or keep for decode
@@ -104,14 +111,15 @@ _TRADE = """\
 Rows of the runs of `configs/selectors.py` above; density is prefill's, SnapKV's
 its decode's. Times faster: dense cuDNN's time over whole attention, estimate
 included, in kernels, of `selector_speed.jsonl` at the row's length or, where it
-has none, at those nearest below and above: XAttention's and SpargeAttn's at
-fixed densities {shares} of random keys, vertical_slash's at its own numbers
-on a model's keys; SnapKV's is of one layer's decode over 2,048 kept tokens
-(`snapkv_speed.jsonl`, from the host), where the rows here keep 512. **They are
-of other heads (32 / 8 of 128), not of these models**, and most rows here
-attended more than 1/8: at their own density they would take longer than that.
-a_shape with the numbers of these rows (128 + 512 tokens), and SpargeAttn at
-similarity 0.2, were not timed.
+has none, at those nearest below and above: those of XAttention, and of
+SpargeAttn that trusts every block's mean (`sparge`), at fixed densities
+{shares} of random keys; vertical_slash's, and SpargeAttn's at similarity 0.2
+(`sparge_20`), with the numbers of these rows on a model's keys; SnapKV's is of
+one layer's decode over 2,048 kept tokens (`snapkv_speed.jsonl`, from the host),
+where the rows here keep 512. **They are of other heads (32 / 8 of 128), not of
+these models**, without a tail, and most rows of XAttention here attended more
+than 1/8: at their own density they would take longer than that. a_shape with
+the numbers of these rows (128 + 512 tokens) was not timed.
 """
 
 
@@ -213,21 +221,27 @@ def runs(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def tables(rows: Iterable[Row]) -> list[list[Row]]:
-  """A run each; pieces `alone` with all others that their table is cut into.
+  """A run each; pieces with all others that their table is cut into.
 
-  Those are of the same config, revision and other arguments, in any batch. What
+  Those are of the same config, revision and other arguments, in any batch:
+  pieces `alone`, or of the same methods on other tasks and protocols. What
   several pieces answered (dense, say) counts once.
 
   Raises:
     ValueError: two pieces of a table give a label other numbers.
   """
   pieces = runs(rows)
-  wholes = {c: (*_whole(c), members[0]['git']) for c, members in pieces.items()}
+  wholes, cells = (
+    {c: (*_whole(c, names), rows[0]['git']) for c, rows in pieces.items()}
+    for names in (_PIECES, _CELLS)
+  )
   cut = {wholes[command] for command in pieces if _ALONE.search(command)}
+  cut |= {x for x, n in collections.Counter(cells.values()).items() if n > 1}
   found: dict[Any, dict[Any, Row]] = {}
   for command, members in pieces.items():
-    joined = wholes[command] in cut
-    table = found.setdefault(wholes[command] if joined else command, {})
+    keys = [x[command] for x in (wholes, cells) if x[command] in cut]
+    joined = bool(keys)
+    table = found.setdefault(keys[0] if joined else command, {})
     for row in members:
       place = (*_place(row), row['sample'], row['question'])
       known = table.setdefault(place if joined else row['key'], row)
@@ -242,13 +256,13 @@ def tables(rows: Iterable[Row]) -> list[list[Row]]:
   return [list(table.values()) for table in found.values()]
 
 
-def _whole(command: str) -> list[str]:
+def _whole(command: str, cut_by: Sequence[str]) -> list[str]:
   """The words of the command of which this one makes a piece."""
   kept = []
   for word in shlex.split(command):
     if word.startswith('--config='):
       file, _, argument = word.partition(':')
-      names = [x for x in argument.split(',') if x.split('=')[0] not in _PIECES]
+      names = [x for x in argument.split(',') if x.split('=')[0] not in cut_by]
       word = f'{file}:{",".join(names)}'
     if not word.startswith(_HOW):
       kept.append(word)
@@ -280,7 +294,7 @@ def selector(row: Row) -> str:
   name = _SELECTORS.get(part, '')
   similarity = re.search(r'\bsimilarity=([-\d.]+)', numbers)
   if similarity and float(similarity[1]) > ALL_TRUSTED:
-    return f'{name} of similarity {similarity[1]}'  # not as it was timed
+    return f'{name}_{100 * float(similarity[1]):g}'
   return f'{name}_{stride[1]}' if stride else name
 
 
@@ -482,15 +496,13 @@ def draw(rows: Sequence[Row], times: Speeds) -> bytes:
     density.set(title=where, xlim=(0, 0.75), ylabel='score, against dense')
     mass.set(title=where, xlim=(0.65, 1))
   density.set(
-    xlabel="density of prefill, snapkv's of decode (hollow: context first)"
+    xlabel="density of prefill, snapkv's of decode\n"
+    '(hollow: context first; black edge: the last 64 tokens see everything)'
   )
   mass.set(xlabel='captured mass of prefill, where traced')
   _curves(figure.add_subplot(grid[len(panels), :]), times, styles)
-  found: dict = {}
-  for ax in figure.axes:
-    found |= dict(zip(*ax.get_legend_handles_labels()[::-1]))
-  pairs = list(found.values()), list(found)
-  figure.legend(*pairs, loc='outside lower center', ncols=len(found))
+  handles = [Line2D([], [], ls='', **style) for style in styles.values()]
+  figure.legend(handles=handles, loc='outside lower center', ncols=len(handles))
   buffer = io.BytesIO()
   # No software version or date inside: equal rows give equal files.
   figure.savefig(buffer, format='png', metadata={'Software': None})
@@ -508,9 +520,12 @@ def _points(
     style, d, x = styles[selector(rows[0])], line.difference, x_of(rows)
     if d is None or x is None:
       continue
-    face = style['color'] if line.protocol == 'whole' else 'white'
-    ax.vlines(x, d.low, d.high, color=style['color'], alpha=0.5)
-    ax.plot(x, d.mean, linestyle='', mfc=face, **style)
+    colour = style['color']
+    face = colour if line.protocol == 'whole' else 'white'
+    tail = re.search(r'\btail=[1-9]', rows[0]['prefill'])
+    ax.vlines(x, d.low, d.high, color=colour, alpha=0.5)
+    edge = 'black' if tail else colour
+    ax.plot(x, d.mean, linestyle='', mfc=face, mec=edge, **style)
   ax.axhline(0, c='0.15', ls='--')
   ax.set(ylim=(-1.0, 0.15))
 
@@ -537,7 +552,7 @@ def _curves(ax: Axes, times: Speeds, styles: dict[str, dict]) -> None:
   ax.set_title(
     'Whole attention, estimate included, beside cuDNN; other heads (32 / 8 of '
     f'128), random keys (full: density {_SHARES[0]},\ndashed: {_SHARES[1]}; '
-    "vertical_slash: a model's keys; snapkv: decode of a layer)"
+    "vertical_slash, sparge_20: a model's keys; snapkv: decode of a layer)"
   )
 
 

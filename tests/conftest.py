@@ -64,6 +64,13 @@ def pytest_configure(config):
       # Two cores play 8 devices: one that comes late to a collective would
       # abort the process.
       '--xla_cpu_collective_call_terminate_timeout_seconds=600',
+      # The emitters of LLVM IR, not those of MLIR, whose pipeline of passes
+      # for each fusion is half of what compiling costs here (jax 0.11.2).
+      # Smokes go without: selector_speed takes 11 s by them, 5 s by the others.
+      '--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters',
+      # Outside COMPILING, whose level is 0. Two methods of test_quality take
+      # 23 s of CPU time, by these emitters at the default level 35 s.
+      '--xla_backend_optimization_level=1',
     )
   )
 

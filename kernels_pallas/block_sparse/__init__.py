@@ -247,6 +247,8 @@ def block_sparse_paged(
     raise ValueError(f'{pages.page=} must divide {blocks.block_k=}')
   if table.ndim != 3 or table.shape[0] != q.shape[0]:
     raise ValueError(f'{table.shape=} must be [B K W], B = {q.shape[0]}')
+  if table.dtype != jnp.int32:
+    raise ValueError(f'{table.dtype=} must be int32')
   capacity = table.shape[2] * pages.page
   # Whole blocks of pages: a block past the table is never visited.
   short = -table.shape[2] % (blocks.block_k // pages.page)
@@ -267,6 +269,10 @@ def block_sparse_paged(
   _check_values(blocks, q_start, lengths, capacity)
   checkify.debug_check(
     jnp.all(table < pages.k.shape[0]), 'table must be below the pool size'
+  )
+  held = jnp.arange(table.shape[2]) * pages.page < lengths[:, None, None]
+  checkify.debug_check(
+    jnp.all((table >= 0) | ~held), 'table must name a page of every key'
   )
   kwargs = {
     'scale': scale,

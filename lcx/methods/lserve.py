@@ -44,6 +44,17 @@ from lcx.select import audit, reused_pages
 from lcx.select.reused_pages import Choice
 from lcx.select.top_pages import take_pages, top_pages
 
+# Numbers of the rows that lcx/policy.json has (configs/lserve_speed.py:op=step
+# on an H200, half of the heads streaming): others have another crossover.
+MEASURED = {
+  'budget': 4096,
+  'sink': 64,
+  'recent': 256,
+  'reuse': 4,
+  'scorer': 'bounds',
+  'group': 'max',
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class TwoWayPaged(Paged):
@@ -242,9 +253,11 @@ class LServeDecode(Decode):
       'moments' (the same of mean - deviation and mean + deviation: not a bound,
       but tighter).
     group: 'max' or 'sum' of the scores of a kv head's query heads.
-    crossover: a batch of at most so many tokens a row attends to everything:
-      below, selecting costs more than it saves. -1: as was measured on this
-      device (lcx/policy.json), 0 where nothing was.
+    crossover: with a cache that has room for at most so many tokens, retrieval
+      heads see everything: below, selecting costs more than it saves. The whole
+      capacity counts, as in `SnapKVDecode`, so that no step asks. -1: one token
+      less than the crossover that was measured on this device with these very
+      numbers and streaming heads (lcx/policy.json); 0 where there is none.
   """
 
   budget: int = 4096
@@ -253,9 +266,15 @@ class LServeDecode(Decode):
   reuse: int = 4
   scorer: str = 'bounds'
   group: str = 'max'
-  crossover: int = 0
+  crossover: int = AS_MEASURED
 
   needs = frozenset({'recent_tokens', 'rotated'})
+
+  @property
+  def measured_as(self) -> str:
+    """The method's name in measured rows; '': none has these numbers."""
+    same = all(getattr(self, name) == x for name, x in MEASURED.items())
+    return 'lserve' if same else ''
 
   def at_full_budget(self, length: int) -> 'LServeDecode':
     return dataclasses.replace(self, budget=2 * length + 4096)
@@ -305,10 +324,10 @@ class LServeDecode(Decode):
     return max(-(-self.budget // page), always) + 1
 
   def attend(self, q, k, v, rope: Rope, cache, state: Choice, ctx: Context):
-    crossover = self._crossover(q, cache, ctx)
+    sees_all = self._sees_all(q, cache, ctx)
     bounds, scoring = self.scorer == 'bounds', None
     # Rotated or not, the token in the cache or not: shapes are the same.
-    if bounds and not crossover and reused_pages.serves(q, cache, ctx):
+    if bounds and not sees_all and reused_pages.serves(q, cache, ctx):
       ring = cache.ring if is_ring(cache) else None
       scoring = reused_pages.scoring(
         state, q, cache, ctx, self._rules(cache), ring
@@ -318,9 +337,11 @@ class LServeDecode(Decode):
       state, ids, starts = reused_pages.listed(
         state, q, cache, ctx, self._rules(cache), scoring, scored
       )
-      part, keys = self._attended(q, cache, ids, starts, ctx)
+    elif sees_all:
+      ids, starts = cache.page_ids(), cache.page_starts()
     else:
-      part, keys, state = self._listed(q, cache, state, crossover, ctx)
+      state, ids, starts = self._listed(q, cache, state, ctx)
+    part, keys = self._attended(q, cache, ids, starts, ctx)
     out = shards.merged(part, ctx.axes).astype(q.dtype)
     trace = decode_trace(keys, q, ctx)
     return out, cache, state, trace
@@ -331,37 +352,20 @@ class LServeDecode(Decode):
     keys = listed_keys(cache, ids, starts, q, ctx) if ctx.trace else ()
     return part, keys
 
-  def _listed(self, q, cache, state: Choice, crossover: int, ctx: Context):
-    """Chooses, lists and attends on any device: (part, keys, state)."""
+  def _listed(self, q, cache, state: Choice, ctx: Context):
+    """Chooses and lists on any device: (state, ids, starts)."""
     ids, starts = cache.page_ids(), cache.page_starts()
     newest = ctx.lengths - 1
     # All rows choose on a common step, or it would come in almost every one.
-    longest, due = jax.lax.pmax(
-      (
-        jnp.max(newest) + 1,
-        jnp.any(state.due(newest, ctx.count, self.reuse)).astype(jnp.int32),
-      ),
-      ctx.axes.data,
-    )
-    is_sparse = longest > crossover
-    due = (due > 0) & is_sparse
+    due = jnp.any(state.due(newest, ctx.count, self.reuse)).astype(jnp.int32)
+    due = jax.lax.pmax(due, ctx.axes.data) > 0
     slots = self._choose(q, cache, newest, state.slots, due, ctx)
     state = state.replaced(slots, newest, jnp.where(due, ctx.count, 0))
     state = state.served(ctx.count)
-
-    def sparse():
-      slots = state.with_new_pages(
-        starts, cache.used, page=cache.page, reuse=self.reuse
-      )
-      some, first = take_pages(_with_rings(slots, cache), ids, starts)
-      return self._attended(q, cache, some, first, ctx)
-
-    if not crossover:
-      return *sparse(), state
-    part, keys = jax.lax.cond(
-      is_sparse, sparse, lambda: self._attended(q, cache, ids, starts, ctx)
+    slots = state.with_new_pages(
+      starts, cache.used, page=cache.page, reuse=self.reuse
     )
-    return part, keys, state
+    return state, *take_pages(_with_rings(slots, cache), ids, starts)
 
   def _rules(self, cache) -> Rules:
     return Rules(
@@ -373,18 +377,20 @@ class LServeDecode(Decode):
       first_slots=cache.config.ring_width if is_ring(cache) else 0,
     )
 
-  def _crossover(self, q, cache, ctx: Context) -> int:
-    if self.crossover != AS_MEASURED:
-      return self.crossover
-    return shards.dense_up_to(
-      'step',
-      'lserve',
-      ctx.axes,
-      heads=q.shape[2],
-      kv_heads=cache.page_starts().shape[1],
-      head_dim=q.shape[3],
-      bits=cache.pages().bits,
-    )
+  def _sees_all(self, q, cache, ctx: Context) -> bool:
+    crossover = self.crossover
+    if crossover == AS_MEASURED:
+      crossover = shards.dense_up_to(
+        'step',
+        self.measured_as if is_ring(cache) else '',
+        ctx.axes,
+        heads=q.shape[2],
+        kv_heads=cache.page_starts().shape[1],
+        head_dim=q.shape[3],
+        bits=cache.pages().bits,
+      )
+    tokens = cache.page_starts().shape[2] * cache.page
+    return tokens * jax.lax.axis_size(ctx.axes.seq) <= crossover
 
   def _choose(self, q, cache, newest, held, due, ctx: Context):
     """Slots [B K n] of the pages that retrieval heads see: held, if not due."""

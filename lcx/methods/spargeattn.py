@@ -7,7 +7,9 @@ On P sequence shards of T tokens each, means are taken where the keys live and
 gathered; scores of block means are computed where the queries live. Beside the
 attention's keys and values (`lcx.methods.block_prefill`) a device receives
 (P - 1) B K (T / 128) (4 H + 1) bytes a layer: float32 means of blocks and
-whether they are similar, 1 / 64 of what bfloat16 keys take.
+whether they are similar, 1 / 64 of what bfloat16 keys take. Scoring where the
+keys live would send means of queries in their place, N / K times the bytes, and
+the scores back.
 """
 
 import dataclasses

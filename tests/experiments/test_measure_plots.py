@@ -63,10 +63,43 @@ def test_methods_at_several_lengths_are_curves():
   assert curves == {'dense': [64, 4096], 'quest': [64, 4096]}
 
 
+def test_selectors_are_curves_of_what_they_gain_on_their_peer():
+  rows = [
+    make_row(op, case.format(n), who, 2.0, **({'ratio': n / 4} | none))
+    for n in (4, 8)
+    for case in (
+      'dense {}K, keys of m-1',
+      'sparge_60 threshold 0.9 of {}K, density 0.5, mass 0.9, keys of m-1',
+      'xattention_16 1/8 of {}K, density 0.1250',
+    )
+    for op, none in (('attention', {}), ('estimate', {'ratio': None}))
+    for who in ('ours', 'theirs')
+  ]
+  axes = {ax.get_title(): ax for ax in measure_plots.figure(rows).axes}
+  gains = axes['attention (keys of m-1), chip']
+  curves = {x.get_label(): list(x.get_ydata()) for x in gains.lines[:-1]}
+  assert curves == {'dense': [1, 2], 'sparge_60 threshold 0.9': [1, 2]}
+  assert gains.get_ylabel() == 'times as fast as theirs'
+  (curve,) = axes['estimate (random keys), chip'].lines
+  assert curve.get_label() == 'xattention_16 1/8'
+  assert list(curve.get_xdata()) == [4096, 8192]
+  assert list(curve.get_ydata()) == [2, 2]
+
+
 def test_methods_at_one_length_are_lines_of_a_panel():
   (ax,) = measure_plots.figure(TIMES[:2]).axes
   assert [y.get_text() for y in ax.get_yticklabels()] == ['dense', 'quest']
   assert ax.get_xlabel() == 'ms at 64 tokens'
+
+
+def test_a_cut_model_has_a_panel_of_its_own():
+  cut = [row | {'layers': 4} for row in TIMES[2:]]
+  whole = [row | {'ms': 1234.5, 'layers': 0} for row in TIMES[2:4]]
+  both, few = measure_plots.figure(whole + cut).axes
+  assert both.get_title() == 'layer, tiny, chip'
+  assert few.get_title() == 'layer, tiny of 4 layers, chip'
+  said = [x.get_text() for x in both.child_axes[0].get_yticklabels()]
+  assert said[0].startswith('1234 ms')
 
 
 def test_recorded_rows_become_a_png(tmp_path):

@@ -1,8 +1,10 @@
 """What ours are compared with computes the same thing."""
 
 import dataclasses
+import types
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -48,6 +50,25 @@ def test_flashinfer_gets_as_many_blocks_as_ours():
   half = block * (block - 1) // 2  # above the diagonal of a tile's own block
   pairs = mask.sum() * block**2 - mask[..., 0].size * half
   assert pairs * group == kernel_bench.listed_pairs(tokens, share)
+
+
+def test_the_prompt_kernel_that_jax_ships_is_called_as_it_wants(monkeypatch):
+  """Lowered for an H100; its check of CUDA's version needs a driver."""
+  from jax.experimental.pallas.ops.gpu import attention_mgpu
+
+  cuda = types.SimpleNamespace(cuda_runtime_get_version=lambda: 13000)
+  monkeypatch.setattr(attention_mgpu, 'cuda_versions', cuda)
+  q, k, v = kernel_bench._prompt(1024)
+  call = kernel_bench._dense_peers(q, k, v)['pallas shipped, float16']()
+  h100 = jax.sharding.AbstractDevice('NVIDIA H100 80GB HBM3', 132, 'gpu')
+  mesh = jax.sharding.AbstractMesh((1,), ('x',), abstract_device=h100)
+  with jax.sharding.use_abstract_mesh(mesh):
+    exported = jax.export.export(jax.jit(call.function), platforms=['cuda'])(
+      *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in call.inputs[0])
+    )
+  (out,) = exported.out_avals
+  assert (out.shape, out.dtype) == (q.shape, jnp.float16)
+  assert 'mosaic_gpu' in exported.mlir_module()
 
 
 def test_a_plan_stands_beside_the_time_of_a_call():

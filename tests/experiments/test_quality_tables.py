@@ -50,7 +50,7 @@ def test_selectors_are_timed_under_their_own_names(rows, times):
   names = {quality_tables.selector(own[0]) for _, own in traded}
   timed = {name for name, *_ in times}
   assert timed <= names
-  assert names - timed == {'a_shape', 'sparge of similarity 0.2'}
+  assert names - timed == {'a_shape'}
   for line, own in traded:
     assert len(own) == line.n == quality_tables.LEAST
     assert line.difference and line.difference.pairs == quality_tables.LEAST
@@ -58,6 +58,7 @@ def test_selectors_are_timed_under_their_own_names(rows, times):
   # In kernels, beside cuDNN, as in the notes.
   assert round(times['xattention_16', 131072, '1/8'], 2) == 6.26
   assert round(times['vertical_slash', 16384, 'own'], 2) == 2.38
+  assert round(times['sparge_20', 16384, 'own'], 2) == 3.40  # threshold 0.9
   assert round(times['snapkv', 32768, 'own'], 2) == 1.48
 
 
@@ -183,6 +184,16 @@ def test_pieces_without_dense_are_joined_with_the_piece_that_has_it():
   lines = {line.split('|')[2].strip(): line for line in said.splitlines()[7:]}
   assert '| 0.00* | 0.00* | 0.00* | 0.00 | -1.00 |' in lines['y']
   assert '| 1.00 | 1.00 | 1.00 | 1.00 | +0.00 |' in lines['z']
+
+
+def test_pieces_of_the_same_methods_on_other_tasks_are_joined():
+  run = 'run --config=configs/ruler_real.py:length=4096'
+  first = piece(f'{run},method=x,task=a', {'dense': 1, 'x': 0}, tasks=('a',))
+  second = piece(f'{run},method=x,task=b/c', {'dense': 1, 'x': 0}, tasks='bc')
+  other = piece(f'{run},method=y,task=b', {'dense': 1, 'y': 0}, tasks='b')
+  joined, alone = quality_tables.tables([*first, *second, *other])
+  assert joined == first + second
+  assert alone == other
 
 
 def test_pieces_that_give_a_label_other_numbers_are_refused():

@@ -209,6 +209,43 @@ def test_page_must_divide_the_block(page):
     family.block_sparse_paged(q, pages, table, blocks, **kwargs)
 
 
+def paged_case():
+  (q, _, _, blocks), _ = cases.block_case(h=16, s=128)
+  pages = Pages(jnp.zeros((32, 16, 16)), jnp.zeros((32, 16, 16)))
+  table = jnp.arange(32, dtype=jnp.int32).reshape(2, 2, 8)
+  return (q, pages, table, blocks), jnp.asarray([128, 100], jnp.int32)
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    (lambda x: x[:1], r'table\.shape'),
+    (lambda x: x * 1.0, r'table\.dtype'),
+    (lambda x: jnp.pad(x, ((0, 0), (0, 1), (0, 0))), 'kv heads 3 must divide'),
+  ],
+)
+def test_bad_tables_are_named(change, message):
+  (q, pages, table, blocks), lengths = paged_case()
+  run = functools.partial(family.block_sparse_paged, lengths=lengths)
+  with pytest.raises(ValueError, match=message):
+    jax.eval_shape(run, q, pages, change(table), blocks)
+
+
+def test_debug_mode_checks_tables():
+  (q, pages, table, blocks), lengths = paged_case()
+  run = functools.partial(family.block_sparse_paged, implementation='reference')
+  run = jax.jit(checkify.checkify(run))
+  past = table.at[1, :, 7].set(-1)  # past the 100 tokens of the row
+  run(q, pages, past, blocks, lengths=lengths)[0].throw()
+  for wrong, message in (
+    (table + 1, 'below the pool'),
+    (table.at[1, 0, 6].set(-1), 'a page of every key'),
+  ):
+    error, _ = run(q, pages, wrong, blocks, lengths=lengths)
+    with pytest.raises(checkify.JaxRuntimeError, match=message):
+      error.throw()
+
+
 @pytest.mark.parametrize(
   ('change', 'message'),
   [

@@ -1,5 +1,6 @@
 """The plans of the Hopper kernels, by brute force: each visible key once."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,13 +14,16 @@ from kernels_pallas.passing_block import gpu as passing_block_gpu
 from tests import oracle
 
 TILE_Q = mosaic_gpu.TILE_Q
+# Shapes are drawn: one program for each costs less than one for each operation.
+PLAN = jax.jit(block_sparse_gpu.plan_tiles, static_argnames=('t', 'tile_k'))
+PASSING_PLAN = jax.jit(passing_block_gpu.plan_tiles, static_argnames='tile_k')
 
 
 def streamed(plan, ids, at, parts, stride):
   """Full and masked tiles of one query tile, as the kernel walks them."""
   b, n, tile = at
   one = {
-    name: int(np.asarray(x)[b, n if x.shape[1] > 1 else 0, tile])
+    name: int(x[b, n if x.shape[1] > 1 else 0, tile])
     for name, x in plan._asdict().items()
   }
 
@@ -74,13 +78,14 @@ def test_block_sparse_plan(seed):
     block_q,
     block_k,
   )
-  plan = block_sparse_gpu.plan_tiles(
+  plan = PLAN(
     blocks,
     jnp.asarray(q_start, jnp.int32),
     jnp.asarray(lengths, jnp.int32),
     t,
     tile_k,
   )
+  plan = jax.tree.map(np.asarray, plan)
   want = oracle.block_mask(blocks, q_start, lengths, t, s)
   parts, tiles = block_k // tile_k, -(-t // TILE_Q)
   stride = -(-tiles // tb)
@@ -101,11 +106,12 @@ def test_passing_block_plan(seed):
   first = np.sort(rng.integers(0, s // 2, t))
   stop = np.sort(rng.integers(0, s, t))
   stop = np.where((stop > first) & (rng.random(t) < 0.95), stop, 0)
-  plan = passing_block_gpu.plan_tiles(
+  plan = PASSING_PLAN(
     jnp.asarray(first[None], jnp.int32),
     jnp.asarray(stop[None], jnp.int32),
     tile_k,
   )
+  plan = jax.tree.map(np.asarray, plan)
   key = np.arange(s)
   for tile in range(3):
     full, masked, one = streamed(plan, None, (0, 0, tile), 1, 1)

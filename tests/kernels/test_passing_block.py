@@ -26,6 +26,7 @@ CASES = {
   'bf16_group8': {'dtype': jnp.bfloat16, 'kv': 1, 'group': 8},
   'f16_group1_h128': {'dtype': jnp.float16, 'group': 1, 'h': 128},
   'bf16_group4_h256': {'dtype': jnp.bfloat16, 'group': 4, 'h': 256},
+  'one_row': {'t': 1, 's': 65},
 }
 RUNS = [(name, 'xla') for name in CASES] + [('f32_group2', 'reference')]
 

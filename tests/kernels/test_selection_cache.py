@@ -21,6 +21,7 @@ PAGE = 8
 KINDS = ('keys', 'pages', 'bounds')
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def draw(kind, shape, dtype):
   """(source, candidates of each of its rows, their scores of queries)."""
   b, n, kv, c, h = shape
@@ -73,12 +74,17 @@ def check(kind, vote, weighted, shape, dtype, tolerance, interpret):
     return votes(found, due, kind=vote, weight=weight, **how)
 
   got = run(q, source, ends, weight)
-  scores = scores * scale
-  stats = soft_vote.head_stats(scores, inside[:, None], vote, 1)
-  want = soft_vote.votes(
-    scores, stats, vote, None if weight is None else weight[:, None]
-  )
-  want = np.asarray(jnp.where(inside, want[:, 0], -jnp.inf))
+
+  @jax.jit
+  def definition(scores, inside, weight):
+    scores = scores * scale
+    stats = soft_vote.head_stats(scores, inside[:, None], vote, 1)
+    want = soft_vote.votes(
+      scores, stats, vote, None if weight is None else weight[:, None]
+    )
+    return jnp.where(inside, want[:, 0], -jnp.inf)
+
+  want = np.asarray(definition(scores, inside, weight))
   some = np.isfinite(want)
   np.testing.assert_array_equal(np.isfinite(got[0]), some)
   np.testing.assert_allclose(

@@ -22,6 +22,7 @@ IMPLEMENTATIONS = {
 }
 
 
+@functools.partial(jax.jit, static_argnums=range(7), static_argnames='weighted')
 def draw(b, rows, heads, kv, length, h, dtype=jnp.float32, weighted=False):
   """Arguments; candidates are some, all, none, the first, the last.
 
@@ -73,11 +74,12 @@ def test_it_equals_the_definition(
   n = 11
   run = jax.jit(functools.partial(IMPLEMENTATIONS[name], n=n, **how))
   index, count = run(*args)
-  want, wanted = reference.best_voted(*args, n, **how)
+  definition = functools.partial(reference.best_voted, n=n, **how)
+  want, wanted = jax.jit(definition)(*args)
   np.testing.assert_array_equal(count, wanted)
   low, high = args[2:]
   np.testing.assert_array_equal(
-    count, jnp.minimum(n, jnp.maximum(high - low, 0))
+    count, np.minimum(n, np.maximum(np.asarray(high) - low, 0))
   )
   np.testing.assert_array_equal(index, want)
   assert np.all((np.asarray(index) < length).sum(-1) == count)
@@ -97,8 +99,10 @@ def test_votes_are_those_of_the_definition(monkeypatch):
     return gpu.votes(found, low, high, weight=weight, **how)
 
   levels = run(*args)
-  want = reference.votes(*args, kind='soft', scale=0.7, weight=weight)
-  want = np.asarray(want).reshape(6, -1)
+  definition = functools.partial(
+    reference.votes, kind='soft', scale=0.7, weight=weight
+  )
+  want = np.asarray(jax.jit(definition)(*args)).reshape(6, -1)
   assert [x.shape[1] for x in levels] == [700, 88, 11]
   for level in levels:
     np.testing.assert_allclose(level, want, rtol=1e-5, atol=1e-6)
@@ -113,13 +117,21 @@ def test_votes_are_those_of_the_definition(monkeypatch):
 def test_the_definition_is_the_selectors():
   """`lcx.select.soft_vote` says the same in its own words."""
   (q, k, low, high), weight = draw(1, 2, 4, 2, 90, 64, weighted=True)
-  scores = 0.5 * jnp.einsum('brkgh,bksh->brkgs', q.reshape(1, 2, 2, 2, 64), k)
-  scores = scores.reshape(1, 2, 4, 90)
+  scores = np.einsum('brkgh,bksh->brkgs', np.reshape(q, (1, 2, 2, 2, 64)), k)
+  scores = jnp.asarray(0.5 * scores.reshape(1, 2, 4, 90))
   mask = soft_vote.candidates(low, high, 90)
-  for kind in token_votes.KINDS:
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def both(kind):
     stats = soft_vote.head_stats(scores, mask, kind, 9)
-    want = soft_vote.votes(scores, stats, kind, weight)
-    got = reference.votes(q, k, low, high, kind=kind, scale=0.5, weight=weight)
+    how = {'kind': kind, 'scale': 0.5, 'weight': weight}
+    return (
+      reference.votes(q, k, low, high, **how),
+      soft_vote.votes(scores, stats, kind, weight),
+    )
+
+  for kind in token_votes.KINDS:
+    got, want = both(kind)
     np.testing.assert_allclose(
       np.where(mask, got, 0), np.where(mask, want, 0), rtol=1e-3, atol=1e-4
     )

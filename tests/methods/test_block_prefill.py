@@ -155,6 +155,27 @@ def test_spargeattn_reads_the_entry_of_its_similarity(monkeypatch):
     assert selects(monkeypatch, part) == want
 
 
+@pytest.mark.parametrize(
+  ('name', 'crossover'),
+  [('xattention', 4096), ('spargeattn', 16384), ('vertical_slash', 65536)],
+)
+def test_defaults_find_the_committed_entries(monkeypatch, name, crossover):
+  """On the device and heads that were measured, here under this one's names."""
+  part = methods.get_method(name).prefill
+  here = policy.load().entries
+  measured_at = {'heads': 32, 'kv_heads': 8, 'head_dim': 128, 'bits': 16}
+  known = policy.load().crossover(
+    'attention', part.measured_as, device='NVIDIA H200', **measured_at
+  )
+  assert known == crossover
+  where = {'heads': HEADS, 'kv_heads': K, 'head_dim': H, 'bits': 32}
+  where['device'] = jax.devices()[0].device_kind
+  here = Policy(tuple(dataclasses.replace(e, **where) for e in here))
+  monkeypatch.setattr(policy, 'load', lambda: here)
+  assert not selects(monkeypatch, part, crossover - 1)
+  assert selects(monkeypatch, part, crossover)
+
+
 def test_another_device_or_shape_has_no_entry(monkeypatch):
   part = tight('spargeattn', dense_below=AS_MEASURED)
   for found in (

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas.page_choice import kv_page_scores
-from lcx import head_profile, methods, policy, sharding
+from lcx import head_profile, methods, sharding
 from lcx.cache import CacheShape
 from lcx.engine import Engine
 from lcx.head_profile import HeadProfile
@@ -35,7 +35,7 @@ CACHE = TwoWayPaged(
   recent=12,
   slack=4,
 )
-DECODE = LServeDecode(budget=48, sink=4, recent=12, reuse=4)
+DECODE = LServeDecode(budget=48, sink=4, recent=12, reuse=4, crossover=0)
 MESH = sharding.make_mesh()
 
 
@@ -204,30 +204,14 @@ def test_a_question_piece_is_selected_for_as_a_whole():
 
 
 def test_it_sees_everything_within_the_budget_and_below_the_crossover():
-  short, dense = Line(), Line(decode=dataclasses.replace(DECODE, crossover=120))
+  short = Line()
+  dense = Line(decode=dataclasses.replace(DECODE, crossover=CAPACITY))
   short.read(3, 40)
   dense.read(4, 100)
   for i in range(8):
     for line in (short, dense):
       out, q, _ = line.feed(i)
       check(line, out, q, set(range(99)), 0)
-
-
-def test_the_crossover_may_come_from_the_policy(monkeypatch):
-  where = {'heads': HEADS, 'kv_heads': K, 'head_dim': H, 'bits': 32}
-  entry = policy.Entry(
-    op='step',
-    method='lserve',
-    device=jax.devices()[0].device_kind,
-    **where,
-    crossover=120,
-    evidence=((60, 0.5, ''), (120, 1.5, '')),
-  )
-  monkeypatch.setattr(policy, 'load', lambda: policy.Policy((entry,)))
-  line = Line(decode=dataclasses.replace(DECODE, crossover=-1))
-  line.read(4, 100)
-  out, q, _ = line.feed(0)
-  check(line, out, q, set(range(99)), 0)
 
 
 def test_recycled_pages_leave_nothing_behind():

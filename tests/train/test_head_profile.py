@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lcx import head_profile as profiles
 from lcx import sharding
 from lcx.models import transformer
 from lcx.models.presets import PRESETS
@@ -20,6 +22,7 @@ CONFIG = dataclasses.replace(PRESETS['tiny'], dtype='float32')
 RECIPE = Recipe(steps=6, rate=0.1, sink=4, recent=16)
 STYLE = Passkeys(lengths=(384,), passkeys=2, words=3)
 MESH = sharding.make_mesh()
+RESULTS = pathlib.Path(__file__).parents[2] / 'experiments' / 'results'
 
 
 def encode(text):
@@ -170,3 +173,16 @@ def test_looking_finds_the_mass_far_away():
     CONFIG, weights(), writer(), wide, documents=1, queries=8
   )
   assert all(g == 0 for row in found for g in row)
+
+
+@pytest.mark.parametrize('name', ['qwen_0_5b', 'qwen_0_5b_untrained'])
+def test_committed_profiles_are_of_their_model(name):
+  path = RESULTS / f'head_profile_{name}.json'
+  found = profiles.load(str(path))
+  assert np.shape(found.gates) == (24, 2)
+  assert found.model == 'qwen2.5-coder-0.5b-instruct'
+  source = 'distant_mass' if name.endswith('untrained') else 'train'
+  assert found.recipe['source'] == source
+  # Half of them stream, over all layers or in each.
+  assert np.sum(found.streaming(0.5)) == 24
+  assert np.all(np.sum(found.streaming(0.5, balanced=True), axis=1) == 1)
