@@ -6,8 +6,9 @@ Llama 3 8B's shape, random weights. Arguments: `devices=4` (GPUs of this
 machine; 2 and 8 work, too), `length=N` (one length), `method=NAME` (one row, or
 several with / between them), `exchange` (only the rows that compare the two
 exchanges of passing blocks), `few` (without what compares exchanges,
-compressors and layers), `smoke`. 128K, 256K and 512K tokens; anchor a quarter
-of a block, passing an eighth (at 512K 8K each).
+compressors and layers), `anchor=N`, `passing=N` (tokens of APB's; else a
+quarter of a block and an eighth; the paper's at 512K is 8192 each, named so in
+the rows), `smoke`. 128K, 256K and 512K tokens.
 
 `devices=1,hosts=4` (or any number of hosts) has all hosts on one GPU, one after
 the other, and nothing to send: against dense there, by how much each form has
@@ -21,7 +22,15 @@ KIB = 1024
 
 def get_config(arg=''):
   arg = common.parse_arg(
-    arg, devices=0, hosts=0, length=0, method='', exchange=False, few=False
+    arg,
+    devices=0,
+    hosts=0,
+    length=0,
+    method='',
+    exchange=False,
+    few=False,
+    anchor=0,
+    passing=0,
   )
   config = common.base('measure_prefill', "APB's prefill by part")
   config.preset = 'llama3_8b'
@@ -71,7 +80,15 @@ def get_config(arg=''):
       for name, fields in rows.items()
       if name not in exact and 'forward' not in name
     }
-  config.methods = common.table(common.rows(arg.method, rows))
+  rows = common.rows(arg.method, rows)
+  for name in ('anchor', 'passing'):
+    if tokens := getattr(arg, name):
+      rows = {
+        f'{row}, {name} {tokens}': fields | {name: tokens}
+        for row, fields in rows.items()
+        if fields['method'] == 'apb'
+      }
+  config.methods = common.table(rows)
   config.lengths = tuple(KIB * n for n in (128, 256, 512))
   if arg.length:
     config.lengths = (arg.length,)

@@ -8,11 +8,15 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterable
 
 import jax
+
+from lcx import cores
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Modules of this folder that decide what a row says.
@@ -62,7 +66,15 @@ def device() -> str:
 
 def command() -> str:
   """This run's command line, without the folder that it was started in."""
-  return ' '.join(('python -m experiments.run', *sys.argv[1:]))
+  return ' '.join(('python -m experiments.run', *map(quoted, sys.argv[1:])))
+
+
+def quoted(word: str) -> str:
+  """A word of a command as a shell takes it, in double quotes where they do."""
+  plain = shlex.quote(word)
+  if plain == word or re.search(r'["$`\\!]', word):
+    return plain
+  return f'"{word}"'
 
 
 def describe() -> dict:
@@ -75,7 +87,7 @@ def describe() -> dict:
     'device': device(),
     'platform': jax.default_backend(),
     'processes': jax.process_count(),
-    'cores': os.cpu_count(),
+    'cores': cores.available(),
     'machine': platform.platform(),
     'xla_flags': os.environ.get('XLA_FLAGS', ''),
     'command': command(),

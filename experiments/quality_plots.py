@@ -2,9 +2,10 @@
 
 python -m experiments.quality_plots ROWS.jsonl[.xz] OUT.png [TEXT ...]
 
-A panel a model, length and protocol, a line a method: the mean difference to
-dense over all tasks, its 95% interval, and the task that lost most. Rows
-stay whose command and revision contain every TEXT (a config's name, one of its
+A panel a model, protocol and length, a line a method: the mean difference to
+dense over all tasks, its 95% interval, and the task that lost most; in brackets
+how many samples it has, where others of the panel have more. Rows stay whose
+command and revision contain every TEXT (a config's name, one of its
 arguments): a label that means other numbers in another run must not meet it.
 """
 
@@ -35,11 +36,13 @@ def draw(rows: Sequence[Row]) -> bytes:
   panels: dict[tuple, list[Line]] = {}
   for line in comparison.by_length(rows):
     if line.difference:
-      where = line.model, line.length, line.protocol
+      where = line.model, line.protocol, line.length
       panels.setdefault(where, []).append(line)
   if not panels:
     raise ValueError('no row has a partner in dense: nothing to draw')
-  panels = dict(sorted(panels.items()))
+  # By length; of one, whole prompts first.
+  panels = dict(sorted(panels.items(), reverse=True))
+  panels = dict(sorted(panels.items(), key=lambda x: (x[0][0], x[0][2])))
   worst = _worst(comparison.compare(rows))
   heights = [len(lines) + 2.0 for lines in panels.values()]
   figure = Figure(figsize=(7.0, 0.19 * sum(heights)), layout='constrained')
@@ -56,12 +59,16 @@ def draw(rows: Sequence[Row]) -> bytes:
       )
       ax.plot(worst[*where, line.method], y, 'x', color='C3')
     ax.axvline(0, color='0.15', linestyle='--')
-    ax.set_yticks(range(len(lines)), [line.method for line in lines])
-    ax.set_ylim(len(lines) - 0.4, -0.6)  # the first on top, none cut
-    model, length, protocol = where
+    most = max(_pairs(line) for line in lines)
+    names = [
+      line.method if _pairs(line) == most else f'{line.method} ({_pairs(line)})'
+      for line in lines
+    ]
+    ax.set_yticks(range(len(lines)), names)
+    ax.set_ylim(len(lines) - 0.4, -0.6)
+    model, protocol, length = where
     ax.set_title(
-      f'{model}, {tidy(length, None)}, {protocol.replace("_", " ")}, '
-      f'n = {max(line.n for line in lines)}'
+      f'{model}, {tidy(length, None)}, {protocol.replace("_", " ")}, n = {most}'
     )
   axes[-1, 0].set_xlabel(
     'score less that of dense: mean over tasks with its 95% interval (hollow: '
@@ -73,12 +80,16 @@ def draw(rows: Sequence[Row]) -> bytes:
   return buffer.getvalue()
 
 
+def _pairs(line: Line) -> int:
+  return line.difference.pairs if line.difference else 0
+
+
 def _worst(lines: Sequence[Line]) -> dict[tuple, float]:
-  """(model, length, protocol, method): its tasks' smallest difference."""
+  """(model, protocol, length, method): its tasks' smallest difference."""
   found: dict[tuple, float] = {}
   for line in lines:
     if line.difference and line.method != BASELINE:
-      key = line.model, line.length, line.protocol, line.method
+      key = line.model, line.protocol, line.length, line.method
       mean = line.difference.mean
       found[key] = min(found.get(key, mean), mean)
   return found

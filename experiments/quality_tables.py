@@ -29,7 +29,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from experiments import comparison
+from experiments import comparison, environment
 from experiments.comparison import BASELINE, Line
 from experiments.plots import MARKERS, tidy
 from experiments.report import difference, labelled, markdown_table, number
@@ -155,12 +155,13 @@ def taken(rows: Sequence[Row], folder: pathlib.Path) -> list[Row]:
     raise ValueError(f'{folder}/env.json names no command') from error
   if not all('prefill_density' in row for row in new):
     raise ValueError(f'{folder} holds no rows of an evaluation')
-  program, *flags = command.split(' --')
-  flags = [x for x in flags if not x.startswith('workdir=')]
-  model = r'(?<=^config\.model=)\S*/'
+  # Older runs named their words without quotes.
+  program, *flags = re.split(r""" (?=["']?--)""", command)
+  flags = [x if x.startswith('-') else shlex.split(x)[0] for x in flags]
+  flags = [x for x in flags if not x.startswith('--workdir=')]
+  model = r'(?<=^--config\.model=)\S*/'
   flags = [re.sub(model, '.cache/models/', flag) for flag in flags]
-  flags = [f'"--{x}"' if re.search(r"['() ]", x) else f'--{x}' for x in flags]
-  command = ' '.join([program, *flags])
+  command = ' '.join([program, *map(environment.quoted, flags)])
   kept = [row for row in rows if row['command'] != command]
   return kept + [{'command': command} | row for row in new]
 

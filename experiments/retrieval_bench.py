@@ -481,10 +481,13 @@ def _timed(config: Config, part, caches, states, drawn):
 
       raise RuntimeError(f'a row ended: {host_calls.last_error}')
   middle = {k: statistics.median(s[k] for s in seen[2:]) for k in seen[-1]}
+  longest = max(range(2, n), key=times.__getitem__)
   row: Row = {
     'layers': len(caches),
     'ms': statistics.median(times[2:]),
-    'longest_ms': max(times[2:]),
+    'longest_ms': times[longest],
+    # What it was at: tokens joined, or a query had all keys scanned.
+    'longest': {'token': longest - 2} | seen[longest],
     'repeats_ms': times[2:],
     'host_ms': middle.get('host_us', 0.0) / 1e3,
     'python_ms': middle.get('python_us', 0.0) / 1e3,

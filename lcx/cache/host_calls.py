@@ -17,6 +17,7 @@ import time
 import jax
 import numpy as np
 
+from lcx import cores
 from lcx.cache.host_row import Row
 from lcx.cache.host_step import COUNTERS
 
@@ -51,21 +52,21 @@ last_error = ''
 def pool() -> concurrent.futures.ThreadPoolExecutor:
   """Threads that search: a few queries of a head are one job."""
   return concurrent.futures.ThreadPoolExecutor(
-    os.cpu_count(), 'lcx-search', _one_thread
+    cores.available(), 'lcx-search', _one_thread
   )
 
 
 @functools.cache
 def rows_pool() -> concurrent.futures.ThreadPoolExecutor:
   """Threads that attend, one a row, where a call is of several rows."""
-  return concurrent.futures.ThreadPoolExecutor(os.cpu_count(), 'lcx-row')
+  return concurrent.futures.ThreadPoolExecutor(cores.available(), 'lcx-row')
 
 
 @functools.cache
 def builders() -> concurrent.futures.ThreadPoolExecutor:
   """Threads that build: a row of a layer is one job."""
   return concurrent.futures.ThreadPoolExecutor(
-    os.cpu_count(), 'lcx-index', _one_thread
+    cores.available(), 'lcx-index', _one_thread
   )
 
 

@@ -26,25 +26,32 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lcx import cores
 from lcx.cache.host_step import (
   Calibration,
   Part,
   Step,
   lse_of,
-  merged,
   mixed,
   products,
+  scanned,
+  spread,
   weights,
 )
 from lcx.select import vector_index as vi
 
 _GROW = 1024  # tokens by which a row grows at least
+# Share of a row's tokens that it gets room for beside them: zeros take memory
+# once they are written, and a row that is full is copied, all of it, at one
+# token (1.2 s of one core for a layer of an 8B model's shape at 128K).
+ROOM = 1 / 16
 _SAMPLE = 256  # keys whose scores tell what a search left out
-_JOIN = 512  # fresh tokens that join an index together
-_BLOCK = 16384  # keys of an exact scan that are widened to float32 at a time
+# Fresh tokens that join an index together: few are a short wait, and those that
+# have not joined are scanned at every step.
+_JOIN = 64
+_WIDE = 512  # fresh tokens that there is room for at first
 _VALUES = 1024  # values that are multiplied together: they stay in a cache
 _A_JOB = 4  # times as many are a job: fewer take less time than a thread's wait
-_CORES = os.cpu_count() or 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +147,7 @@ class Row:
     own = self.k.nbytes + self.v.nbytes + self.at.nbytes
     own += self._aside.nbytes + self._slot.nbytes + self._wide.nbytes
     own += self.reserved + self.growing
-    return own + sum(i.nbytes for i in self.indexes)
+    return own + int((1 + vi.ROOM) * sum(i.nbytes for i in self.indexes))
 
   def bytes_to_grow(self, tokens: int) -> int:
     """Bytes that an append of so many tokens would allocate."""
@@ -151,17 +158,17 @@ class Row:
     return self._more(short) * (per_token + self.at.itemsize)
 
   def _more(self, short: int) -> int:
-    return max(short, _GROW, self.k.shape[1] // 4)
+    held = self.k.shape[1]
+    return max(short + int(ROOM * (held + short)), _GROW, held // 4)
 
   def write(self, used: int, k, v, positions) -> None:
     """Appends k, v [T K H] after the first `used` tokens."""
     self.truncate(used)
     stop = used + len(positions)
     if stop > self.k.shape[1]:
-      more = self._more(stop - self.k.shape[1])
-      wider = ((0, 0), (0, more), (0, 0))
-      self.k, self.v = np.pad(self.k, wider), np.pad(self.v, wider)
-      self.at = np.pad(self.at, (0, more))
+      size = self.k.shape[1] + self._more(stop - self.k.shape[1])
+      self.k, self.v = _wider(self.k, size), _wider(self.v, size)
+      self.at = np.pad(self.at, (0, size - len(self.at)))
     self.k[:, used:stop] = np.swapaxes(k, 0, 1)
     self.v[:, used:stop] = np.swapaxes(v, 0, 1)
     self.at[used:stop] = positions
@@ -198,7 +205,8 @@ class Row:
   def bytes_to_index(self, numbers: vi.Numbers, near, keys: int) -> int:
     """Bytes of the indexes of so many keys, about; `near` as in `build`."""
     group = 1 + max(int(x.held_of.max()) for x in near)
-    return keys * len(near) * numbers.bytes_per_key(self.k.shape[2], group)
+    each = numbers.bytes_per_key(self.k.shape[2], group)
+    return int((1 + vi.ROOM) * keys * len(near) * each)
 
   def build(
     self, numbers: vi.Numbers, first: int, stop: int, near, pool, folder: str
@@ -309,7 +317,7 @@ class Row:
     n = self._joining(until)
     fresh = until - self.indexed[1] - n
     kv, _, dim = self.k.shape
-    wide = kv * max(_JOIN, fresh) * dim * 4 if fresh > 0 else 0
+    wide = kv * max(_WIDE, fresh) * dim * 4 if fresh > 0 else 0
     return n * self._per_key + max(0, wide - self._wide.nbytes)
 
   def join(self, until: int, pool) -> None:
@@ -384,7 +392,7 @@ class Row:
         self._exact(step, rows, step.until - step.first)
         continue
       score, tokens = self._candidates(
-        step, rows, k, effort, fresh, search.jobs or _CORES
+        step, rows, k, effort, fresh, search.jobs or cores.available()
       )
       step.counts[0] += len(rows) * (len(self._sample) + step.until)
       step.counts[0] -= len(rows) * min(step.until, stop)
@@ -416,7 +424,7 @@ class Row:
     begin, end = self._widened
     if begin != stop:
       begin = end = stop
-      shape = self.k.shape[0], max(_JOIN, until - stop), self.k.shape[2]
+      shape = self.k.shape[0], max(_WIDE, until - stop), self.k.shape[2]
       self._wide = np.empty(shape, np.float32)
     if until - stop > self._wide.shape[1]:
       more = until - stop - self._wide.shape[1]
@@ -516,11 +524,7 @@ class Row:
   def _scan_best(self, step: 'Step', head: int, rows, top: int) -> None:
     """The `top` best of all tokens of a head."""
     q, first, until = step.q[rows], step.first, step.until
-    score = np.empty((len(rows), until - first), np.float32)
-    for at in range(first, until, _BLOCK):
-      stop = min(at + _BLOCK, until)
-      keys = self.k[head, at:stop].astype(np.float32)
-      score[:, at - first : stop - first] = q @ keys.T
+    score = scanned(q, self.k[head, first:until])
     best = np.argpartition(-score, top - 1, axis=1)
     left = np.take_along_axis(score, best[:, top:], 1)
     weight, lse = weights(np.take_along_axis(score, best[:, :top], 1))
@@ -532,12 +536,13 @@ class Row:
     """All tokens of a head."""
     del top
     q, first, until = step.q[rows], step.first, step.until
-    out = np.zeros(q.shape, np.float32)
-    lse = np.full((len(rows),), -np.inf, np.float32)
-    for at in range(first, until, _BLOCK):
-      stop = min(at + _BLOCK, until)
-      score = q @ self.k[head, at:stop].T.astype(np.float32)
-      weight, part_lse = weights(score)
-      part = weight @ self.v[head, at:stop].astype(np.float32)
-      out, lse = merged(out, lse, part, part_lse)
-    step.out[rows], step.lse[rows], step.rest[rows] = out, lse, -np.inf
+    weight, lse = weights(scanned(q, self.k[head, first:until]))
+    step.out[rows] = spread(weight, self.v[head, first:until])
+    step.lse[rows], step.rest[rows] = lse, -np.inf
+
+
+def _wider(x: np.ndarray, size: int) -> np.ndarray:
+  """Of [K S H], with room for `size` tokens; `np.pad` writes the room, too."""
+  out = np.zeros((x.shape[0], size, x.shape[2]), x.dtype)
+  out[:, : x.shape[1]] = x
+  return out

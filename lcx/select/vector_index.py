@@ -23,6 +23,10 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 KINDS = ('exact', 'flat', 'ivf', 'hnsw', 'graph', 'fastscan')
+# Share of its keys that an index gets room for: memory that is full moves, all
+# of it, to twice as much; all heads and layers would move at the same token.
+# `nbytes` does not count it, a row does.
+ROOM = 1 / 32
 _FORMAT = 3  # of saved indexes; another one when `build` makes another one
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from lcx.select import vector_index_graph as graphs
 from lcx.select import vector_index_scan as scans
-from lcx.select.vector_index_native import faiss
+from lcx.select.vector_index_native import faiss, give_room
 
 # Distinct first neighbours over queries below which a head is taken to be
 # concentrated: 96 and 173 of 20000 in two synthetic sets where cliques win by a
@@ -33,6 +33,7 @@ class FaissIndex:
 
   def __init__(self, index, tokens: np.ndarray):
     self.index, self.tokens, self.graphs = index, tokens, 1
+    give_room(*_vectors(index))
     self._mark()
 
   def _mark(self) -> None:
@@ -145,6 +146,7 @@ class GraphIndex(FaissIndex):
   def __init__(self, index, tokens: np.ndarray, hnsw: list):
     super().__init__(index, tokens)
     self.hnsw, self.graphs = hnsw, len(hnsw)
+    give_room(*(x.hnsw.neighbors for x in hnsw))
 
   def _searched(self, graph):
     return self.hnsw[graph]
@@ -378,6 +380,13 @@ def _ground(levels: np.ndarray, width: int, upper: int) -> np.ndarray:
   ground = np.zeros(int(size.sum()), bool)
   ground[begin[:, None] + np.arange(width)] = True
   return ground
+
+
+def _vectors(index) -> tuple:
+  """What grows by a key's bytes at each that joins; none of IVF."""
+  if isinstance(index, faiss.IndexHNSW):
+    return *_vectors(faiss.downcast_index(index.storage)), index.hnsw.neighbors
+  return (index.codes,) if hasattr(index, 'codes') else ()
 
 
 def _links(index) -> np.ndarray:

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from lcx.select.vector_index import ROOM
+
 
 def _load() -> Any:
   """faiss, whose threads search alone: they are side by side already.
@@ -46,6 +48,17 @@ def available() -> bool:
   asking.start()
   asking.join()
   return seen == [1]
+
+
+def give_room(*vectors: Any) -> None:
+  """Gives vectors of C++ room for keys that join; none becomes longer.
+
+  It is as much as ROOM of them, and never taken back.
+  """
+  for vector in vectors:
+    size = vector.size()
+    vector.resize(size + int(ROOM * size))
+    vector.resize(size)
 
 
 class _Places:

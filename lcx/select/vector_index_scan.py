@@ -31,7 +31,7 @@ from typing import Self
 
 import numpy as np
 
-from lcx.select.vector_index_native import faiss
+from lcx.select.vector_index_native import faiss, give_room
 
 # Positive levels by bits of an element: Max, "Quantizing for minimum
 # distortion", 1960, table I, of 4 and of 16 levels.
@@ -43,6 +43,10 @@ _LEVELS = {
 _ERROR = {0: 1.0, 2: 0.1175, 4: 0.009497}
 _SEEN = 16384  # keys that tell the covariance
 _AT_ONCE = 16384  # keys that are turned together
+# Keys that join are few, and heads join side by side: of so many products of
+# numbers OpenBLAS makes no threads, which waited for one another (on 2 cores
+# 136 ms for 512 keys that joined by 64, and 5 since).
+_FEW, _ALONE = 1024, 2**18
 # Shares of the mean that eigenvalues get: of keys, only what rounding takes
 # (elements of keys differ by 10^4 in variance); of queries, for those to come
 # that differ from those that were seen.
@@ -63,6 +67,7 @@ class ScanIndex:
     self.tokens: np.ndarray = tokens
     self._mean, self._turn = mean, turn
     self._both, self._factor = faiss.IndexRefine(index, store), 0.0
+    give_room(store.codes)
 
   def search(self, q, k, effort, graph=0):
     """As `Index.search`, in one native call."""
@@ -194,9 +199,14 @@ def _grid(bits: int) -> np.ndarray:
 
 def _encode(index, x: np.ndarray, mean, turn) -> None:
   """Adds the codes of x; what turns queries is passed by."""
-  codes = index.index
-  for first in range(0, len(x), _AT_ONCE):
-    codes.add((x[first : first + _AT_ONCE] - mean) @ turn)
+  codes, few = index.index, max(1, _ALONE // turn.size)
+  if len(x) > _FEW:
+    for first in range(0, len(x), _AT_ONCE):
+      codes.add((x[first : first + _AT_ONCE] - mean) @ turn)
+  elif len(x):
+    parts = range(0, len(x), few)
+    parts = [(x[first : first + few] - mean) @ turn for first in parts]
+    codes.add(np.concatenate(parts))
   index.ntotal = codes.ntotal
 
 

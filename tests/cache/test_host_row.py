@@ -222,7 +222,7 @@ def test_new_tokens_are_seen_then_join_in_blocks():
   for joined in (False, True):
     if joined:
       row.join(until, POOL)
-      assert row.indexed[1] == SEARCH.until(1000) + 1024
+      assert row.indexed[1] == SEARCH.until(1000) + 1088  # and 16 fresh ones
     part, _ = ask(row, q[:1], effort=400)
     out, lse = attended(row, q[:1], best)
     assert np.abs(part.lse - lse).max() < 0.05
@@ -232,6 +232,37 @@ def test_new_tokens_are_seen_then_join_in_blocks():
   part, _ = ask(row, q[:1], effort=400)
   best = exact(q[:1], row.k[0, FIRST : SEARCH.until(1005)], 40) + FIRST
   assert np.abs(part.lse - attended(row, q[:1], best)[1]).max() < 0.05
+
+
+def test_tokens_behind_a_prompt_find_room():
+  """A copy of all that a row holds would be a token's, and a layer's."""
+  row = make(n=1000)
+  row.wait()
+  _, k, v = drawn(600, seed=5)
+  at, keys = np.arange(1000, 1600, dtype=np.int32), row.k
+  told = row.bytes_to_grow(30), row.nbytes
+  row.write(1000, k[:30], v[:30], at[:30])
+  assert row.k is keys and told == (0, row.nbytes)
+  row.write(1030, k[30:], v[30:], at[30:])
+  np.testing.assert_array_equal(row.k[0, 1000:1600], k[:, 0])
+  np.testing.assert_array_equal(row.at[:1600], np.arange(1600))
+
+
+@pytest.mark.skipif(not vi.has_faiss(), reason="needs faiss: 'lcx[index]'")
+@pytest.mark.parametrize('kind', ['graph', 'fastscan', 'flat', 'hnsw'])
+def test_keys_that_join_an_index_find_room(kind):
+  row = make(kind, n=4400)
+  row.wait()
+  index = row.indexes[0]
+  store = index.store if kind == 'fastscan' else index.index
+  if kind == 'hnsw':
+    from lcx.select.vector_index_native import faiss
+
+    store = faiss.downcast_index(store.storage)
+  before = int(store.codes.data())
+  _, k, _ = drawn(64, seed=5)
+  index.add(k[:, 0], np.arange(4400, 4464))
+  assert int(store.codes.data()) == before
 
 
 def test_rewinds_leave_an_index_as_large_and_as_good():
@@ -345,6 +376,21 @@ def test_values_of_16_bits_are_mixed_as_they_are():
   for x in (value, value.astype(np.float32)):
     want = np.einsum('mc,mch->mh', weight.astype(float), value.astype(float))
     np.testing.assert_allclose(host_step.mixed(weight, x), want, rtol=1e-5)
+
+
+@pytest.mark.parametrize('dtype', [np.float16, np.float32])
+def test_a_scan_of_all_tokens_is_what_numpy_says(dtype):
+  draw = np.random.default_rng(0)
+  q = draw.normal(size=(3, 8)).astype(np.float32)
+  for n in (0, 5, 256, 700):
+    x = draw.normal(size=(n, 8)) * 10.0 ** draw.integers(-6, 4, n)[:, None]
+    x = x.astype(dtype)  # 16-bit floats below 2^-14, too
+    weight = draw.random((3, n)).astype(np.float32)
+    for got, want in (
+      (host_step.scanned(q, x), q.astype(float) @ x.T.astype(float)),
+      (host_step.spread(weight, x), weight.astype(float) @ x.astype(float)),
+    ):
+      np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3)
 
 
 def test_products_with_many_keys_are_those_of_all():

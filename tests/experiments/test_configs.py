@@ -271,6 +271,14 @@ def test_virtual_hosts_are_timed_on_one_device_alone():
     get('hosts=4')
 
 
+def test_apb_is_timed_with_the_blocks_that_are_asked_for():
+  arg = 'devices=2,few,anchor=8192,passing=4096'
+  methods = load(ROOT / 'configs' / 'apb_speed.py', arg)['methods']
+  assert all(m['method'] == 'apb' for m in methods.values())
+  row = methods['apb balanced, anchor 8192, passing 4096']
+  assert (row['anchor'], row['passing'], row['hosts']) == (8192, 4096, 4)
+
+
 @pytest.mark.parametrize(
   ('name', 'arg', 'message'),
   [

@@ -1,10 +1,18 @@
 """Tables of committed quality rows."""
 
 import json
+import shlex
+import sys
 
 import pytest
+from matplotlib.axes import Axes
 
-from experiments import comparison, quality_plots, quality_tables
+from experiments import (
+  comparison,
+  environment,
+  quality_plots,
+  quality_tables,
+)
 
 
 @pytest.fixture(scope='module')
@@ -87,6 +95,17 @@ def make_run(folder, scores, command):
   return folder
 
 
+WORDS = '--config=c.py:method=two words'
+
+
+def test_a_command_can_be_pasted(monkeypatch):
+  words = [WORDS, "--config.kinds=('a',)", '--config.x=$HOME "', '--config.y=1']
+  monkeypatch.setattr(sys, 'argv', ['run.py', *words])
+  command = environment.command()
+  assert shlex.split(command) == ['python', '-m', 'experiments.run', *words]
+  assert f'"{WORDS}"' in command and command.endswith(' --config.y=1')
+
+
 def test_a_run_takes_the_place_of_what_its_command_gave(tmp_path):
   command = (
     'python -m experiments.run --workdir=/tmp/x --config=c.py:method=two words'
@@ -94,7 +113,9 @@ def test_a_run_takes_the_place_of_what_its_command_gave(tmp_path):
   )
   first = make_run(tmp_path / 'a', {'dense': [1, 1], 'b': [1, 0]}, command)
   other = make_run(tmp_path / 'b', {'dense': [0]}, 'python -m x --config=d.py')
-  again = make_run(tmp_path / 'c', {'dense': [1, 1], 'b': [0]}, command)
+  # As `environment.command` writes it since words are quoted.
+  quoted = command.replace('--config=c.py:method=two words', f'"{WORDS}"')
+  again = make_run(tmp_path / 'c', {'dense': [1, 1], 'b': [0]}, quoted)
   rows = []
   for folder in (first, other, again):
     rows = quality_tables.taken(rows, folder)
@@ -206,10 +227,24 @@ def test_differences_to_dense_are_drawn(tmp_path):
   assert out.read_bytes()[:24] == drawn[:24]
   lines = comparison.compare(quality_tables.read(source))
   worst = quality_plots._worst(lines)
-  where = 'SmolLM2-135M-Instruct.Q4_1', 2048, 'whole'
+  where = 'SmolLM2-135M-Instruct.Q4_1', 'whole', 2048
   assert worst[*where, 'no anchor random'] == -1
   with pytest.raises(ValueError, match='no row has a partner in dense'):
     quality_plots.main([str(source), str(out), 'ruler_real'])
+
+
+def test_a_plot_of_one_revision_says_who_has_fewer_samples(
+  rows, tmp_path, monkeypatch
+):
+  names = []
+  monkeypatch.setattr(
+    Axes, 'set_yticks', lambda self, at, said: names.append(list(said))
+  )
+  out = tmp_path / 'out.png'
+  config = ['ruler_real', 'f053b1f4816b']
+  quality_plots.main([str(quality_tables.ROWS), str(out), *config])
+  assert len(names) == 6 and 'retrieval_cluster (40)' in names[1]
+  assert 'lserve' in names[0] and 'lserve' not in names[2]  # another revision's
 
 
 def test_what_is_no_run_is_refused(tmp_path):

@@ -1,0 +1,14 @@
+"""How many cores this process may use."""
+
+import os
+
+
+def available() -> int:
+  """Cores that the process is bound to (`taskset`, a container's set).
+
+  `os.cpu_count` counts the machine's: as many threads on fewer cores wait for
+  one another. Where the platform knows no binding, the machine's.
+  """
+  if hasattr(os, 'sched_getaffinity'):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
