@@ -151,7 +151,7 @@ def _gains(ax: Axes, panel: _Panel, styles: dict[str, dict]) -> None:
       label=name,
       color=f'C{selectors.index(selector)}',
       linestyle=('-', '--', ':', '-.')[len(seen) % 4],
-      marker=MARKERS[len(seen)],
+      marker=MARKERS[len(seen) % len(MARKERS)],
       markersize=4,
     )
     seen.append(name)

@@ -235,13 +235,17 @@ def tables(rows: Iterable[Row]) -> list[list[Row]]:
     {c: (*_whole(c, names), rows[0]['git']) for c, rows in pieces.items()}
     for names in (_PIECES, _CELLS)
   )
-  cut = {wholes[command] for command in pieces if _ALONE.search(command)}
-  cut |= {x for x, n in collections.Counter(cells.values()).items() if n > 1}
+  apart = {wholes[command] for command in pieces if _ALONE.search(command)}
+  several = collections.Counter(cells.values())
   found: dict[Any, dict[Any, Row]] = {}
   for command, members in pieces.items():
-    keys = [x[command] for x in (wholes, cells) if x[command] in cut]
-    joined = bool(keys)
-    table = found.setdefault(keys[0] if joined else command, {})
+    place_of: Any = command
+    if wholes[command] in apart:
+      place_of = wholes[command]
+    elif several[cells[command]] > 1:
+      place_of = cells[command]
+    joined = place_of != command
+    table = found.setdefault(place_of, {})
     for row in members:
       place = (*_place(row), row['sample'], row['question'])
       known = table.setdefault(place if joined else row['key'], row)

@@ -52,6 +52,9 @@ _JOIN = 64
 _WIDE = 512  # fresh tokens that there is room for at first
 _VALUES = 1024  # values that are multiplied together: they stay in a cache
 _A_JOB = 4  # times as many are a job: fewer take less time than a thread's wait
+# Scores of one job of an exact search, 32 MiB: a thread a head holds as many, a
+# few times over, and none of it counts in `Row.nbytes`.
+_SCORES = 2**23
 
 
 @dataclasses.dataclass(frozen=True)
@@ -514,12 +517,13 @@ class Row:
     step.counts[0] += len(rows) * n
     step.counts[1] += len(rows) * min(top, n)
     step.counts[5] += len(rows)
-    heads = np.unique(rows // step.m)
-    mine = [rows[rows // step.m == head] for head in heads]
     scan = self._scan_best if top < n else self._scan
-    step.side_by_side(
-      lambda i: scan(step, int(heads[i]), mine[i], top), range(len(heads))
-    )
+    at_once, jobs = max(1, _SCORES // n), []
+    for head in np.unique(rows // step.m):
+      mine = rows[rows // step.m == head]
+      cuts = range(0, len(mine), at_once)
+      jobs += [(int(head), mine[at : at + at_once]) for at in cuts]
+    step.side_by_side(lambda job: scan(step, job[0], job[1], top), jobs)
 
   def _scan_best(self, step: 'Step', head: int, rows, top: int) -> None:
     """The `top` best of all tokens of a head."""

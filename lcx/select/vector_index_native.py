@@ -53,7 +53,9 @@ def available() -> bool:
 def give_room(*vectors: Any) -> None:
   """Gives vectors of C++ room for keys that join; none becomes longer.
 
-  It is as much as ROOM of them, and never taken back.
+  It is never taken back. ROOM of them is written, and so takes memory; where a
+  library doubles what is full (GNU's), addresses for as much again come with
+  it, which take memory as keys join.
   """
   for vector in vectors:
     size = vector.size()

@@ -1,5 +1,6 @@
 """The host tier: what both tiers hold, what is given back, how rows fail."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import os
@@ -182,6 +183,22 @@ def test_threads_are_as_many_as_the_cores_that_the_process_is_bound_to():
     assert host_calls.pool.__wrapped__()._max_workers == 1
   finally:
     os.sched_setaffinity(0, mine)
+
+
+def test_a_thread_that_is_bound_counts_the_cores_of_its_process():
+  """The pool is made by the thread of the first callback."""
+  if not hasattr(os, 'sched_setaffinity'):
+    pytest.skip('no binding on this platform')
+  mine = os.sched_getaffinity(0)
+  if len(mine) < 2:
+    pytest.skip('needs two cores')
+
+  def asked():
+    os.sched_setaffinity(0, {min(mine)})  # this thread alone
+    return len(os.sched_getaffinity(0)), cores.available()
+
+  with concurrent.futures.ThreadPoolExecutor(1) as threads:
+    assert threads.submit(asked).result() == (1, len(mine))
 
 
 @pytest.mark.skipif(not has_faiss(), reason="needs faiss: 'lcx[index]'")

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from lcx.cache import host_step
+from lcx.cache import host_row, host_step
 from lcx.cache.host_row import Near, Row, Search
 from lcx.cache.host_step import COUNTERS
 from lcx.select import vector_index as vi
@@ -391,6 +391,29 @@ def test_a_scan_of_all_tokens_is_what_numpy_says(dtype):
       (host_step.spread(weight, x), weight.astype(float) @ x.astype(float)),
     ):
       np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize('top', [40, N])
+def test_an_exact_search_has_few_scores_at_once(monkeypatch, top):
+  """Of many queries: 64 of 131,072 tokens would be 32 MiB a head, thrice."""
+  _, k, v = drawn(N)
+  row = Row(1, DIM, np.float32)
+  row.write(0, k, v, np.arange(N, dtype=np.int32))
+  q = drawn(8, seed=2)[0]
+  want, _ = ask(row, q, top=top)
+  seen, scanned = [], host_row.scanned
+
+  def note(q, keys):
+    seen.append(len(q) * len(keys))
+    return scanned(q, keys)
+
+  monkeypatch.setattr(host_row, 'scanned', note)
+  monkeypatch.setattr(host_row, '_SCORES', 3 * N)
+  got, counts = ask(row, q, top=top)
+  assert len(seen) == 3 and max(seen) <= 3 * N
+  assert counts['exact'] == 8
+  np.testing.assert_allclose(got.lse, want.lse, rtol=1e-5)
+  np.testing.assert_allclose(got.out, want.out, rtol=1e-5, atol=1e-6)
 
 
 def test_products_with_many_keys_are_those_of_all():

@@ -194,6 +194,15 @@ def test_pieces_of_the_same_methods_on_other_tasks_are_joined():
   joined, alone = quality_tables.tables([*first, *second, *other])
   assert joined == first + second
   assert alone == other
+  # Nor is it a piece of what all methods answered, in pieces.
+  every = [
+    row
+    for task in 'ab'
+    for row in piece(f'{run},task={task}', {'dense': 1, 'y': 1}, tasks=task)
+  ]
+  joined, alone = quality_tables.tables([*every, *other])
+  assert joined == every
+  assert alone == other
 
 
 def test_pieces_that_give_a_label_other_numbers_are_refused():
