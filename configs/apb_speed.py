@@ -81,14 +81,15 @@ def get_config(arg=''):
       if name not in exact and 'forward' not in name
     }
   rows = common.rows(arg.method, rows)
-  for name in ('anchor', 'passing'):
-    if tokens := getattr(arg, name):
-      rows = {
-        f'{row}, {name} {tokens}': fields | {name: tokens}
-        for row, fields in rows.items()
-        if fields['method'] == 'apb'
-      }
-  config.methods = common.table(rows)
+  blocks = {name: arg[name] for name in ('anchor', 'passing') if arg[name]}
+  named = ''.join(f', {name} {tokens}' for name, tokens in blocks.items())
+
+  def sized(row, fields):
+    if fields['method'] != 'apb':
+      return row, fields
+    return f'{row}{named}', fields | blocks
+
+  config.methods = common.table(dict(sized(*row) for row in rows.items()))
   config.lengths = tuple(KIB * n for n in (128, 256, 512))
   if arg.length:
     config.lengths = (arg.length,)

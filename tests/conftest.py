@@ -66,10 +66,10 @@ def pytest_configure(config):
       '--xla_cpu_collective_call_terminate_timeout_seconds=600',
       # The emitters of LLVM IR, not those of MLIR, whose pipeline of passes
       # for each fusion is half of what compiling costs here (jax 0.11.2).
-      # Smokes go without: selector_speed takes 11 s by them, 5 s by the others.
+      # Smokes go without: one of them takes twice as long by these.
       '--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters',
-      # Outside COMPILING, whose level is 0. Two methods of test_quality take
-      # 23 s of CPU time, by these emitters at the default level 35 s.
+      # Outside COMPILING, whose level is 0: at the default level these emitters
+      # cost tests/quality more than they save.
       '--xla_backend_optimization_level=1',
     )
   )

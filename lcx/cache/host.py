@@ -33,7 +33,7 @@ from kernels_pallas.keys import NEVER, Pages
 from lcx.cache import host_calls
 from lcx.cache.base import CacheShape, check_tier, split
 from lcx.cache.host_calls import STATS
-from lcx.cache.host_row import ROOM, Near, Row, Search
+from lcx.cache.host_row import TOKENS_AHEAD, Near, Row, Search
 from lcx.cache.paged import Paged
 from lcx.cache.paged_cache import PagedCache
 
@@ -105,7 +105,7 @@ class Host:
       per_key += decode.index_bytes(config)
     keys = batch * capacity * config.n_layers * config.n_kv_heads
     need, room = keys * per_key, self.bound() - host_calls.held_bytes()
-    need += int(ROOM * need)
+    need += int(TOKENS_AHEAD * need)
     if need > room:
       raise ValueError(
         f'{batch} x {capacity} tokens take {need / 2**30:.3g} GiB of host '

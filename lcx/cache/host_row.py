@@ -35,7 +35,7 @@ from lcx.cache.host_step import (
   mixed,
   products,
   scanned,
-  spread,
+  weighted_sum,
   weights,
 )
 from lcx.select import vector_index as vi
@@ -43,8 +43,8 @@ from lcx.select import vector_index as vi
 _GROW = 1024  # tokens by which a row grows at least
 # Share of a row's tokens that it gets room for beside them: zeros take memory
 # once they are written, and a row that is full is copied, all of it, at one
-# token (1.2 s of one core for a layer of an 8B model's shape at 128K).
-ROOM = 1 / 16
+# token: some 500 MB a layer of an 8B model's shape at 128K.
+TOKENS_AHEAD = 1 / 16
 _SAMPLE = 256  # keys whose scores tell what a search left out
 # Fresh tokens that join an index together: few are a short wait, and those that
 # have not joined are scanned at every step.
@@ -162,7 +162,7 @@ class Row:
 
   def _more(self, short: int) -> int:
     held = self.k.shape[1]
-    return max(short + int(ROOM * (held + short)), _GROW, held // 4)
+    return max(short + int(TOKENS_AHEAD * (held + short)), _GROW, held // 4)
 
   def write(self, used: int, k, v, positions) -> None:
     """Appends k, v [T K H] after the first `used` tokens."""
@@ -541,7 +541,7 @@ class Row:
     del top
     q, first, until = step.q[rows], step.first, step.until
     weight, lse = weights(scanned(q, self.k[head, first:until]))
-    step.out[rows] = spread(weight, self.v[head, first:until])
+    step.out[rows] = weighted_sum(weight, self.v[head, first:until])
     step.lse[rows], step.rest[rows] = lse, -np.inf
 
 

@@ -324,7 +324,9 @@ class LServeDecode(Decode):
     return max(-(-self.budget // page), always) + 1
 
   def attend(self, q, k, v, rope: Rope, cache, state: Choice, ctx: Context):
-    sees_all = self._sees_all(q, cache, ctx)
+    # Measured where half of the heads stream.
+    measured = self.measured_as if is_ring(cache) else ''
+    sees_all = shards.sees_all(self.crossover, 'step', measured, q, cache, ctx)
     bounds, scoring = self.scorer == 'bounds', None
     # Rotated or not, the token in the cache or not: shapes are the same.
     if bounds and not sees_all and reused_pages.serves(q, cache, ctx):
@@ -376,21 +378,6 @@ class LServeDecode(Decode):
       group=self.group,
       first_slots=cache.config.ring_width if is_ring(cache) else 0,
     )
-
-  def _sees_all(self, q, cache, ctx: Context) -> bool:
-    crossover = self.crossover
-    if crossover == AS_MEASURED:
-      crossover = shards.dense_up_to(
-        'step',
-        self.measured_as if is_ring(cache) else '',
-        ctx.axes,
-        heads=q.shape[2],
-        kv_heads=cache.page_starts().shape[1],
-        head_dim=q.shape[3],
-        bits=cache.pages().bits,
-      )
-    tokens = cache.page_starts().shape[2] * cache.page
-    return tokens * jax.lax.axis_size(ctx.axes.seq) <= crossover
 
   def _choose(self, q, cache, newest, held, due, ctx: Context):
     """Slots [B K n] of the pages that retrieval heads see: held, if not due."""

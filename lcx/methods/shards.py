@@ -173,6 +173,37 @@ def dense_up_to(
   return (found or 1) - 1
 
 
+def sees_all(
+  crossover: int, op: str, method: str, q, cache, ctx: Context
+) -> bool:
+  """Whether a decode step attends to the whole of this cache.
+
+  It does where the cache has room for at most `crossover` tokens: the capacity
+  counts and not what a row holds, so that no step asks.
+
+  Args:
+    crossover: tokens; AS_MEASURED: those of `dense_up_to`.
+    op: as in `lcx.policy.Entry`.
+    method: whose crossover; '': of none that was measured.
+    q: [B 1 N H], of this shard.
+    cache: of this shard, in pages.
+    ctx: of the step.
+  """
+  ids, pages = cache.page_ids(), cache.pages()
+  if crossover == policy.AS_MEASURED:
+    crossover = dense_up_to(
+      op,
+      method,
+      ctx.axes,
+      heads=q.shape[2],
+      kv_heads=ids.shape[1],
+      head_dim=q.shape[3],
+      bits=pages.bits,
+    )
+  tokens = ids.shape[2] * pages.page
+  return tokens * jax.lax.axis_size(ctx.axes.seq) <= crossover
+
+
 def part_dtype(q: Float[Array, 'B T N H'], axes: Axes):
   """Of a shard's output: the queries' where it is all, else float32."""
   return q.dtype if jax.lax.axis_size(axes.seq) == 1 else jnp.float32

@@ -164,7 +164,9 @@ class SnapKVDecode(Decode):
     )
 
   def attend(self, q, k, v, rope: Rope, cache, state, ctx: Context):
-    if self._read_whole(q, k, cache, ctx):
+    if shards.sees_all(
+      self.crossover, 'layer', self.measured_as, q, cache, ctx
+    ):
       return DenseDecode().attend(q, k, v, rope, cache, state, ctx)
     q, cache = shards.append_rotated(q, k, v, rope, cache, ctx)
     pages = cache.pages()
@@ -190,21 +192,6 @@ class SnapKVDecode(Decode):
         counters={'lost_new_tokens': lost * q.shape[1] * 1.0},
       )
     return out, cache, state, trace
-
-  def _read_whole(self, q, k, cache, ctx: Context) -> bool:
-    crossover = self.crossover
-    if crossover == AS_MEASURED:
-      crossover = shards.dense_up_to(
-        'layer',
-        self.measured_as,
-        ctx.axes,
-        heads=q.shape[2],
-        kv_heads=k.shape[2],
-        head_dim=q.shape[3],
-        bits=cache.pages().bits,
-      )
-    tokens = cache.page_starts().shape[2] * cache.pages().page
-    return tokens * jax.lax.axis_size(ctx.axes.seq) <= crossover
 
   def _after(self, cache, since: Int32[Array, 'B K'], page: int):
     """Ids and starts of the pages that reach `since`, and what `room` lost."""

@@ -43,10 +43,9 @@ _LEVELS = {
 _ERROR = {0: 1.0, 2: 0.1175, 4: 0.009497}
 _SEEN = 16384  # keys that tell the covariance
 _AT_ONCE = 16384  # keys that are turned together
-# Keys that join are few, and heads join side by side: of so many products of
-# numbers OpenBLAS makes no threads, which waited for one another (on 2 cores
-# 136 ms for 512 keys that joined by 64, and 5 since).
-_FEW, _ALONE = 1024, 2**18
+# Keys that join are few, and heads join side by side: of at most so many
+# products of numbers OpenBLAS makes no threads, which waited for one another.
+_JOINING, _ONE_THREAD = 1024, 2**18
 # Shares of the mean that eigenvalues get: of keys, only what rounding takes
 # (elements of keys differ by 10^4 in variance); of queries, for those to come
 # that differ from those that were seen.
@@ -199,8 +198,8 @@ def _grid(bits: int) -> np.ndarray:
 
 def _encode(index, x: np.ndarray, mean, turn) -> None:
   """Adds the codes of x; what turns queries is passed by."""
-  codes, few = index.index, max(1, _ALONE // turn.size)
-  if len(x) > _FEW:
+  codes, few = index.index, max(1, _ONE_THREAD // turn.size)
+  if len(x) > _JOINING:
     for first in range(0, len(x), _AT_ONCE):
       codes.add((x[first : first + _AT_ONCE] - mean) @ turn)
   elif len(x):

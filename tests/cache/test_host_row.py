@@ -388,7 +388,10 @@ def test_a_scan_of_all_tokens_is_what_numpy_says(dtype):
     weight = draw.random((3, n)).astype(np.float32)
     for got, want in (
       (host_step.scanned(q, x), q.astype(float) @ x.T.astype(float)),
-      (host_step.spread(weight, x), weight.astype(float) @ x.astype(float)),
+      (
+        host_step.weighted_sum(weight, x),
+        weight.astype(float) @ x.astype(float),
+      ),
     ):
       np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3)
 
