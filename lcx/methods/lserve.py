@@ -249,6 +249,11 @@ class LServeDecode(Decode):
     recent: last tokens that are always among them.
     reuse: C, tokens that a selection serves; a longer piece of a question is
       selected for as a whole.
+    selected_piece: tokens of the longest piece that pages are chosen for. For
+      longer ones retrieval heads see everything, as in the paper's prefill: a
+      list that 16 tokens and all query heads of a kv head share serves none of
+      them well, and reading the cache once for 16 tokens costs what one dense
+      token does. 1: decoded tokens alone; 16: every piece.
     scorer: 'bounds' (Quest's, of the least and largest key of each channel) or
       'moments' (the same of mean - deviation and mean + deviation: not a bound,
       but tighter).
@@ -266,6 +271,7 @@ class LServeDecode(Decode):
   reuse: int = 4
   scorer: str = 'bounds'
   group: str = 'max'
+  selected_piece: int = Decode.max_queries
   crossover: int = AS_MEASURED
 
   needs = frozenset({'recent_tokens', 'rotated'})
@@ -285,6 +291,11 @@ class LServeDecode(Decode):
       raise ValueError(
         f'decode.sink={self.sink} must be at least 0, decode.recent='
         f'{self.recent} and decode.reuse={self.reuse} at least 1'
+      )
+    if not 1 <= self.selected_piece <= self.max_queries:
+      raise ValueError(
+        f'decode.selected_piece={self.selected_piece} must be within 1 and '
+        f'{self.max_queries}, the tokens of a piece'
       )
     if self.crossover < AS_MEASURED:
       raise ValueError(f'decode.crossover={self.crossover} must be at least -1')
@@ -327,6 +338,8 @@ class LServeDecode(Decode):
     # Measured where half of the heads stream.
     measured = self.measured_as if is_ring(cache) else ''
     sees_all = shards.sees_all(self.crossover, 'step', measured, q, cache, ctx)
+    long = q.shape[1] > self.selected_piece
+    sees_all |= long
     bounds, scoring = self.scorer == 'bounds', None
     # Rotated or not, the token in the cache or not: shapes are the same.
     if bounds and not sees_all and reused_pages.serves(q, cache, ctx):
@@ -341,6 +354,8 @@ class LServeDecode(Decode):
       )
     elif sees_all:
       ids, starts = cache.page_ids(), cache.page_starts()
+      if long:  # may have begun more pages than a choice is joined by
+        state = state.outdated(ctx.count)
     else:
       state, ids, starts = self._listed(q, cache, state, ctx)
     part, keys = self._attended(q, cache, ids, starts, ctx)

@@ -62,6 +62,11 @@ class Choice:
     age = jnp.minimum(self.age + count, LONG_AGO)
     return dataclasses.replace(self, age=age)
 
+  def outdated(self, count: Int32[Array, 'B']) -> 'Choice':
+    """After `count` more tokens, none from it: the next ones choose anew."""
+    age = jnp.where(count > 0, LONG_AGO, self.age)
+    return dataclasses.replace(self, age=age)
+
   def replaced(
     self,
     slots: Int32[Array, 'B K n'],

@@ -203,6 +203,23 @@ def test_a_question_piece_is_selected_for_as_a_whole():
   check(line, out, q, expected_pages(line, q, DECODE), line.length - 1)
 
 
+def test_a_longer_piece_sees_everything_and_the_next_token_chooses_anew():
+  decode = dataclasses.replace(DECODE, selected_piece=4)
+  line = Line(decode=decode)
+  line.read(2, 130)
+  line.feed(50, 3, width=4)  # a choice, which would serve one token more
+  everything = set(range(CAPACITY))
+  out, q, trace = line.feed(51, 3, width=5)
+  check(line, out, q, everything, line.length)
+  positions = line.length - 3 + np.arange(3)
+  rings = sum(ring_mask(line, p)[: p + 1].sum() for p in positions)
+  assert float(trace.keys[0]) == G * (sum(positions + 1) + rings)
+  out, q, _ = line.feed(52)
+  pages = expected_pages(line, q, decode)
+  assert len(pages) < line.length // PAGE
+  check(line, out, q, pages, line.length - 1)
+
+
 def test_it_sees_everything_within_the_budget_and_below_the_crossover():
   short = Line()
   dense = Line(decode=dataclasses.replace(DECODE, crossover=CAPACITY))
@@ -414,6 +431,8 @@ def test_a_profile_survives_its_file_and_refuses_others(tmp_path):
     ({'budget': 300}, 'below sink'),
     ({'reuse': 0}, 'reuse=0'),
     ({'crossover': -2}, 'crossover=-2'),
+    ({'selected_piece': 0}, 'selected_piece=0'),
+    ({'selected_piece': 17}, 'within 1 and 16'),
     ({'group': 'mean'}, "'max' or 'sum'"),
     ({'local': 0}, 'prefill.local=0'),
     ({'dynamic': 'dense'}, 'selects no blocks'),
