@@ -104,6 +104,7 @@ class Line:
     at = jnp.arange(n, dtype=jnp.int32)[None]
     self.cache = append(self.cache, rope(k, at), v, at)
     self._note(k, v)
+    self.start = self.length
     self.state = self.decode.start(self.cache, None)
 
   def feed(self, seed, n=1, width=None):
@@ -143,17 +144,26 @@ def attention(line, q, position, head, seen):
 def expected_pages(line, q, decode):
   """Pages that head 0 chooses for rotated queries q [T N H]: brute force."""
   newest, page, logical = line.length - 1, PAGE, 4
-  scores = []
+  scores, loose = [], looseness(line) * decode.looseness
   for first in range(0, line.length, page):
     best = []
     for low in range(first, min(first + page, line.length), logical):
       keys = line.k[low : min(low + logical, line.length), 0]
       bound = np.maximum(q[:, :G] * keys.min(0), q[:, :G] * keys.max(0))
+      bound -= np.abs(q[:, :G]) * loose
       best.append(bound.sum(-1).max())
     forced = first < decode.sink or first + page > newest - decode.recent + 1
     scores.append(np.inf if forced else max(best))
   order = np.argsort(-np.asarray(scores), kind='stable')
   return set(order[: decode.pages(page)].tolist())
+
+
+def looseness(line):
+  """Half of the mean width of the bounds of what `read` read, head 0."""
+  pages = [
+    line.k[i : min(i + 4, line.start), 0] for i in range(0, line.start, 4)
+  ]
+  return np.mean([np.ptp(k, axis=0) / 2 for k in pages], axis=0)
 
 
 def ring_mask(line, position):
@@ -173,15 +183,16 @@ def check(line, out, q, pages, since):
       np.testing.assert_allclose(out[i, head], want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('n', (114, 113, 119))
-def test_pages_are_chosen_every_fourth_token_and_new_ones_join(n):
+@pytest.mark.parametrize('n, loose', ((114, 0), (113, 0), (119, 0), (114, 0.9)))
+def test_pages_are_chosen_every_fourth_token_and_new_ones_join(n, loose):
   """Crosses page boundaries in every phase of the reuse."""
-  line = Line()
+  decode = dataclasses.replace(DECODE, looseness=loose)
+  line = Line(decode=decode)
   line.read(1, n)
   for i in range(14):
     out, q, trace = line.feed(100 + i)
     if i % 4 == 0:
-      pages, since = expected_pages(line, q, DECODE), line.length - 1
+      pages, since = expected_pages(line, q, decode), line.length - 1
       assert len(pages) == DECODE.pages(PAGE) < line.length // PAGE
     check(line, out, q, pages, since)
     seen = np.isin(np.arange(line.length) // PAGE, list(pages))
@@ -432,6 +443,7 @@ def test_a_profile_survives_its_file_and_refuses_others(tmp_path):
     ({'reuse': 0}, 'reuse=0'),
     ({'crossover': -2}, 'crossover=-2'),
     ({'selected_piece': 0}, 'selected_piece=0'),
+    ({'looseness': 1.5}, 'looseness=1.5 must be within'),
     ({'selected_piece': 17}, 'within 1 and 16'),
     ({'group': 'mean'}, "'max' or 'sum'"),
     ({'local': 0}, 'prefill.local=0'),
@@ -450,6 +462,10 @@ def test_bad_numbers_are_refused(fields, message):
   (
     ({'scorer': 'moments'}, 'provides'),
     ({'scorer': 'guess'}, 'must be'),
+    (
+      {'scorer': 'moments', 'stats': 'moments', 'looseness': 0.5},
+      'is of bounds',
+    ),
     ({'stats': 'none'}, 'provides'),
     ({'logical_page': 48}, 'must divide page=64'),
     ({'streaming': 1.5}, 'within 0 and 1'),
