@@ -540,20 +540,24 @@ def test_all_heads_of_a_layer_may_stream(tmp_path, dynamic):
 
 @pytest.mark.mesh
 @pytest.mark.parametrize(
-  'budget, contexts',
+  'budget, contexts, looseness',
   (
-    pytest.param(4096, (300, 120), marks=pytest.mark.long),
-    (128, (300, 115)),
+    pytest.param(4096, (300, 120), 0.0, marks=pytest.mark.long),
+    (128, (300, 115), 0.0),
+    pytest.param(128, (300, 115), 0.7, marks=pytest.mark.long),
   ),
 )
-def test_sharded_equals_unsharded_with_streaming_heads(budget, contexts):
+def test_sharded_equals_unsharded_with_streaming_heads(
+  budget, contexts, looseness
+):
   """Windows that cross shards; a half full page behind which others follow.
 
   With a budget of a third, prompts end at whole pages (a shard's last page is
   not filled up, so that the pages to choose from would be others).
   """
   always = {'decode.sink': 16, 'decode.recent': 32}
-  method = methods.get_method('lserve', **SMALL, **always, budget=budget)
+  fields = SMALL | always | {'budget': budget, 'looseness': looseness}
+  method = methods.get_method('lserve', **fields)
   tokens, scores = answer(method, contexts=contexts)
   got, got_scores = answer(method, (2, 2, 2), contexts)
   assert got == tokens
