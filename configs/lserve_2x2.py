@@ -6,7 +6,8 @@ FILE comes from configs/train_head_profile.py (default: what it writes under
 --workdir=runs/head_profile). Arguments: `budget=N`, `length=N`, `samples=N`,
 `task=NAME` (one, several with `/` between them, or `ruler` for all of it),
 `protocol=whole|context_first`, `method=NAME` (one row beside dense), `smoke`,
-`piece=N` (pages are chosen for pieces of at most N tokens, 1 to 16).
+`piece=N` (pages are chosen for pieces of at most N tokens, 1 to 16),
+`looseness=X` (share of the bounds' mean width that scores lose, 0 to 1).
 Times of the same four stand in configs/lserve_speed.py.
 """
 
@@ -26,12 +27,18 @@ def get_config(arg=''):
     task='',
     protocol='',
     piece=16,
+    looseness=0.0,
   )
   config = common.base('evaluate', 'LServe: static and dynamic sparsity')
   config.model = '.cache/models/SmolLM2-135M-Instruct.Q4_1.gguf'
   config.dtype = 'bfloat16'
   static = {'method': 'lserve', 'profile': arg.profile}
-  decode = {'budget': arg.budget, 'crossover': 0, 'selected_piece': arg.piece}
+  decode = {
+    'budget': arg.budget,
+    'crossover': 0,
+    'selected_piece': arg.piece,
+    'looseness': arg.looseness,
+  }
   dynamic = {'decode': decode}
   config.methods = common.methods(
     arg.method,

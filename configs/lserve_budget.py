@@ -92,7 +92,12 @@ def _variants(small):
     'scorer': {
       'moments': two | {'scorer': 'moments', 'stats': 'moments'},
       'group=sum': two | {'group': 'sum'},
+      'looseness=50%': two | {'looseness': 0.5},
+      'looseness=70%': two | {'looseness': 0.7},
     },
     # Pieces of a question see everything: of use context first alone.
-    'piece': {'piece=1': two | {'selected_piece': 1}},
+    'piece': {
+      'piece=1': two | {'selected_piece': 1},
+      'piece=1 looseness=70%': two | {'selected_piece': 1, 'looseness': 0.7},
+    },
   }
