@@ -212,6 +212,7 @@ def test_on_a_gpu(width, t, draw):
     rows=4,
     page=64,
     draw=draw,
+    loose=draw == 'normal',
   )
   kwargs |= {'sink': 64, 'recent': 256}
   q, low, high, starts, newest, valid = args
@@ -227,8 +228,9 @@ def test_on_a_gpu(width, t, draw):
   )
   np.testing.assert_array_equal(kept, kwargs['held'])
   heads = page_choice.scored_heads(kwargs['unscored'], 4)
+  how = {'width': width, 'kv_heads': 8, 'heads': heads}
   scores = page_choice.kv_page_scores(
-    q, low, high, valid, width=width, kv_heads=8, heads=heads
+    q, low, high, valid, loose=kwargs['loose'], **how
   )
   rule = {k: kwargs[k] for k in ('sink', 'recent', 'page')}
   scores = page_choice.forced_scores(scores, starts[:, heads], newest, **rule)
@@ -346,12 +348,13 @@ def on_an_h100(width, rows, n, t):
   specs += [((1, 8, width), jnp.int32), ((1,), jnp.int32), ((1, t), bool)]
   if rows:
     specs += [((8,), bool), ((1, 8, n), jnp.int32), ((), bool)]
+    specs += [((1, rows, 128), jnp.float32)]
 
   def choose(*args):
-    unscored, held, due = args[6:] if rows else (None, None, None)
+    unscored, held, due, loose = args[6:] if rows else (None,) * 4
     return gpu.choose_pages(
       *args[:6], n=n, sink=64, recent=256, page=64, group='max',
-      unscored=unscored, held=held, due=due
+      loose=loose, unscored=unscored, held=held, due=due
     )  # fmt: skip
 
   return choose, specs
