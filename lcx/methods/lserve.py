@@ -262,7 +262,8 @@ class LServeDecode(Decode):
       prompt's logical pages) that is taken off all scores of a query head, 0
       to 1. Bounds of 16 keys are far above the best of them, by more for one
       head than for the next; so of heads that share a list, those with the
-      loosest bounds choose most of it. The order of one head's pages stays.
+      loosest bounds choose most of it. The order of one head's pages stays,
+      and so do the lists of single tokens with group='sum'.
     crossover: with a cache that has room for at most so many tokens, retrieval
       heads see everything: below, selecting costs more than it saves. The whole
       capacity counts, as in `SnapKVDecode`, so that no step asks. -1: one token
