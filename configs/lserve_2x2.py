@@ -5,7 +5,9 @@ python -m experiments.run --config=configs/lserve_2x2.py:profile=FILE
 FILE comes from configs/train_head_profile.py (default: what it writes under
 --workdir=runs/head_profile). Arguments: `budget=N`, `length=N`, `samples=N`,
 `task=NAME` (one, several with `/` between them, or `ruler` for all of it),
-`protocol=whole|context_first`, `method=NAME` (one row beside dense), `smoke`.
+`protocol=whole|context_first`, `method=NAME` (one row beside dense), `smoke`,
+`piece=N` (pages are chosen for pieces of at most N tokens, 1 to 16),
+`looseness=X` (share of the bounds' mean width that scores lose, 0 to 1).
 Times of the same four stand in configs/lserve_speed.py.
 """
 
@@ -24,12 +26,20 @@ def get_config(arg=''):
     samples=100,
     task='',
     protocol='',
+    piece=16,
+    looseness=0.0,
   )
   config = common.base('evaluate', 'LServe: static and dynamic sparsity')
   config.model = '.cache/models/SmolLM2-135M-Instruct.Q4_1.gguf'
   config.dtype = 'bfloat16'
   static = {'method': 'lserve', 'profile': arg.profile}
-  dynamic = {'decode': {'budget': arg.budget, 'crossover': 0}}
+  decode = {
+    'budget': arg.budget,
+    'crossover': 0,
+    'selected_piece': arg.piece,
+    'looseness': arg.looseness,
+  }
+  dynamic = {'decode': decode}
   config.methods = common.methods(
     arg.method,
     {

@@ -4,7 +4,7 @@ python -m experiments.run --config=configs/lserve_budget.py
 
 Arguments: `profile=FILE` (of configs/train_head_profile.py; without one no head
 streams, and all rows share dense's prefills), `vary=budget|reuse|page|cache|
-scorer` (one column of the table), `method=NAME` (one row beside dense),
+scorer|piece` (one column of the table), `method=NAME` (one row beside dense),
 `task=NAME` (one, several with `/` between them, or `ruler` for all of it),
 `samples=N`, `smoke`. The default model is small; --config.model and
 --config.lengths take any other. `needle` takes the bundled model at 4K, budgets
@@ -83,6 +83,7 @@ def _variants(small):
     f'page={n}, logical={n}': {'cache': {'page': n, 'logical_page': n}}
     for n in (32, 64)
   }
+  alone['page=64, logical=8'] = {'cache': {'page': 64, 'logical_page': 8}}
   return {
     'budget': {f'budget={n}': budget(n) for n in (1024, 2048, 4096, 8192)},
     'reuse': {f'reuse={n}': two | {'reuse': n} for n in (1, 2, 8, 16)},
@@ -91,5 +92,12 @@ def _variants(small):
     'scorer': {
       'moments': two | {'scorer': 'moments', 'stats': 'moments'},
       'group=sum': two | {'group': 'sum'},
+      'looseness=50%': two | {'looseness': 0.5},
+      'looseness=70%': two | {'looseness': 0.7},
+    },
+    # Pieces of a question see everything: of use context first alone.
+    'piece': {
+      'piece=1': two | {'selected_piece': 1},
+      'piece=1 looseness=70%': two | {'selected_piece': 1, 'looseness': 0.7},
     },
   }

@@ -5,7 +5,8 @@ python -m experiments.run --config=configs/lserve_speed.py
 Arguments: `length=N` (one length), `op=step|layer|prefill` (one op), `bits=8`
 or `4` (of the cache, on both sides), `weights=w8a8|w4a16|fp8` (on both sides),
 `method=lserve` (without each kind of sparsity alone), `reuse` (lserve's layer
-with a selection every 4, 2 and 64 steps), `smoke`. Half of the kv heads stream
+with a selection every 4, 2 and 64 steps), `looseness=X` (a share of bounds that
+lserve takes off, 0 to 1), `smoke`. Half of the kv heads stream
 by a fixed rule: which ones does not matter to time.
 
 A step of a layer takes A + S / C, where a selection S serves C steps (these
@@ -21,7 +22,14 @@ KIB = 1024
 
 def get_config(arg=''):
   arg = common.parse_arg(
-    arg, length=0, op='', bits=16, weights='', method='', reuse=False
+    arg,
+    length=0,
+    op='',
+    bits=16,
+    weights='',
+    method='',
+    reuse=False,
+    looseness=0.0,
   )
   config = common.base('measure_methods', 'LServe: speed on Llama 3 8B')
   config.preset = 'llama3_8b'
@@ -33,7 +41,7 @@ def get_config(arg=''):
   dynamic = {'dynamic': 'xattention', 'density': 0.125, 'dense_below': 0}
   prefill = arg.op == 'prefill'
   # What the policy file has of crossovers comes from these rows.
-  always = {'decode': {'crossover': 0}}
+  always = {'decode': {'crossover': 0, 'looseness': arg.looseness}}
   lserve = {'method': 'lserve', 'bits': arg.bits, **always}
   config.methods = common.table(
     {

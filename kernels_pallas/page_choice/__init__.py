@@ -4,11 +4,15 @@
                    (max or sum) over the query heads g of kv head k of
                    sum_h max(q[b, t, g, h] low[b, k, c, h],
                              q[b, t, g, h] high[b, k, c, h])
+                   - |q[b, t, g, h]| loose[b, k, h]
 
 With a page's least and largest key per channel this bounds every q . k in it
 (Quest, arXiv:2406.10774, equation 2); a page of several logical pages scores as
-its best one (LServe, arXiv:2502.14866, section 3.5.2). Pages that hold one of
-the first `sink` or last `recent` tokens are always chosen.
+its best one (LServe, arXiv:2502.14866, section 3.5.2). A bound is loose, of one
+query head more than of another, and a list is shared by several: `loose`, if
+given, takes off what bounds of a head are too large by on average. It changes
+no order of one query's pages. Pages that hold one of the first `sink` or last
+`recent` tokens are always chosen.
 
 A choice costs 4 T N C H FLOPs and reads the bounds once: bound by bytes. It
 may be asked for in every step and made in a few (`due`): where it is not due,
@@ -54,6 +58,7 @@ def choose_pages(
   recent: int,
   page: int,
   group: str = 'max',
+  loose: Float[Array, 'B h H'] | None = None,
   unscored: Bool[Array, 'K'] | None = None,
   held: Int32[Array, 'B K n'] | None = None,
   due: Bool[Array, ''] | None = None,
@@ -74,6 +79,8 @@ def choose_pages(
     recent: last tokens that are always seen.
     page: tokens a page holds.
     group: 'max' or 'sum' over the query heads of a kv head.
+    loose: float32, how far a key may be from the middle of its bounds without
+      being worth it, per channel and row of the bounds; None: 0.
     unscored: kv heads without bounds, for which nothing is chosen. The rows of
       the bounds are the other heads', in order; the last may be nobody's. None:
       every head has bounds, h = K.
@@ -91,7 +98,9 @@ def choose_pages(
   Raises:
     ValueError: an argument does not fit; the message names it.
   """
-  _check(q, low, high, starts, newest, valid, n, group, unscored, held, due)
+  _check(
+    q, low, high, starts, newest, valid, n, group, loose, unscored, held, due
+  )
   q, low, high = jax.lax.stop_gradient((q, low, high))
   kwargs = {
     'n': n,
@@ -99,6 +108,7 @@ def choose_pages(
     'recent': recent,
     'page': page,
     'group': group,
+    'loose': None if loose is None else jax.lax.stop_gradient(loose),
     'unscored': unscored,
     'held': held,
     'due': due,
@@ -110,7 +120,9 @@ def choose_pages(
   return run(*args, **kwargs)
 
 
-def _check(q, low, high, starts, newest, valid, n, group, unscored, held, due):
+def _check(
+  q, low, high, starts, newest, valid, n, group, loose, unscored, held, due
+):  # fmt: skip
   """Refuses what is known to be wrong at trace time."""
   if q.ndim != 4 or starts.ndim != 3:
     raise ValueError(
@@ -146,6 +158,7 @@ def _check(q, low, high, starts, newest, valid, n, group, unscored, held, due):
     ('starts', starts, starts.shape, jnp.int32),
     ('newest', newest, (b,), jnp.int32),
     ('valid', valid, (b, t), jnp.bool_),
+    ('loose', loose, (b, low.shape[1], h), jnp.float32),
     ('unscored', unscored, (kv,), jnp.bool_),
     ('held', held, (b, kv, n), jnp.int32),
     ('due', due, (), jnp.bool_),

@@ -177,6 +177,7 @@ class Scoring:
     n: pages to choose.
     page: tokens of a page.
     group: 'max' or 'sum' over the query heads of a kv head.
+    loose: float32 [B h H] as in `choose_pages`, or None.
   """
 
   newest: Int32[Array, 'B']
@@ -188,6 +189,7 @@ class Scoring:
   n: int
   page: int
   group: str
+  loose: Float[Array, 'B h H'] | None = None
 
   @classmethod
   def of(cls, q, low, starts, newest, call: Call, **rules) -> 'Scoring':
@@ -214,7 +216,8 @@ class Scoring:
 
   def operands(self) -> list:
     """What `run` reads beside queries and bounds."""
-    return [self.newest, *self.call.given()]
+    loose = [] if self.loose is None else [self.loose]
+    return [self.newest, *loose, *self.call.given()]
 
   def outputs(self) -> list[jax.ShapeDtypeStruct]:
     """What it writes: scores [B h W]; whether a choice is due, if not known."""
@@ -240,6 +243,7 @@ class Scoring:
       outputs: refs of `outputs`.
     """
     newest_ref, *refs = operands
+    loose_ref = None if self.loose is None else refs.pop(0)
     scores_ref, *due_refs = outputs
     own = self.call.read(refs)
     tile_at, row, b_at = at
@@ -259,7 +263,9 @@ class Scoring:
       scores = lax.cond(
         idle,
         lambda: jnp.zeros((self.pages,), jnp.float32),
-        lambda: self._best(scored, own.valid, first, row, b_at, head),
+        lambda: self._best(
+          scored, loose_ref, own.valid, first, row, b_at, head
+        ),
       )
       plgpu.store(
         scores_ref.at[b_at, row, pl.ds(first, self.pages)],
@@ -267,7 +273,7 @@ class Scoring:
         mask=slot < self.width,
       )
 
-  def _best(self, scored, valid, first, row, b_at, head):
+  def _best(self, scored, loose_ref, valid, first, row, b_at, head):
     """Scores of the pages from `first` on."""
     q_ref, low_ref, high_ref = scored
     _, t, n_heads, h = self.q.shape
@@ -301,6 +307,9 @@ class Scoring:
 
     found = product(high_ref, jnp.maximum(queries, 0.0))
     found += product(low_ref, jnp.minimum(queries, 0.0))  # [tile columns]
+    if loose_ref is not None:
+      loose = plgpu.load(loose_ref.at[b_at, row, _iota((h, columns), 0)])
+      found -= jnp.sum(jnp.abs(queries) * loose, axis=0)[None]
     column = _iota((tile, columns), 1)
     if self.group == 'max':
       found = jnp.where(column % lead < per_head, found, -jnp.inf)
@@ -344,6 +353,7 @@ def choose_pages(
   recent: int,
   page: int,
   group: str,
+  loose: Float[Array, 'B h H'] | None,
   unscored: Bool[Array, 'K'] | None,
   held: Int32[Array, 'B K n'] | None,
   due: Bool[Array, ''] | None,
@@ -357,7 +367,8 @@ def choose_pages(
   if reason := refuse('choose_pages', q, low, high, starts):
     raise NotImplementedError(reason)
   call = Call(valid, unscored, None if due is None else due.reshape(1))
-  work = Scoring.of(q, low, starts, newest, call, n=n, page=page, group=group)
+  rules = {'n': n, 'page': page, 'group': group, 'loose': loose}
+  work = Scoring.of(q, low, starts, newest, call, **rules)
   scores, call = page_scores(q, low, high, work, interpret=interpret)
   always = Always(starts, newest, sink, recent, page)
   return best_pages(scores, held, call, always, n=n, interpret=interpret)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 def choose_pages(
   q, low, high, starts, newest, valid, *, n, sink, recent, page, group,
-  unscored, held, due
+  loose, unscored, held, due
 ):  # fmt: skip
   """See `kernels_pallas.page_choice.choose_pages`."""
   b, t, _, h = q.shape
@@ -23,6 +23,9 @@ def choose_pages(
       at * x[:, None, None, row].astype(jnp.float32) for x in (low, high)
     ]
     score = jnp.maximum(*products).sum(axis=-1)  # [B T G C]
+    if loose is not None:
+      off = jnp.abs(at) * loose[:, None, None, row, None]
+      score -= off.sum(axis=-1)
     score = score.max(axis=2) if group == 'max' else score.sum(axis=2)
     score = jnp.where(valid[..., None], score, -jnp.inf).max(axis=1)  # [B C]
     score = score.reshape(b, width, -1).max(axis=-1)

@@ -99,6 +99,7 @@ def scoring(
   held: Held,
   *,
   rules: Rules,
+  loose: Float[Array, 'B h H'] | None = None,
   unscored: Bool[Array, 'K'] | None = None,
 ) -> gpu.Scoring:
   """The scores that a choice is made by, where one is due: work of a launch.
@@ -113,14 +114,14 @@ def scoring(
     count: how many do, a row.
     held: the choice until now; all rows choose when one's is due.
     rules: static numbers.
+    loose: see there.
     unscored: kv heads without bounds.
   """
   since = gpu.Served(held.newest, held.age, newest, count, rules.reuse)
   call = gpu.Call(valid, unscored, since)
   n = held.slots.shape[2]
-  return gpu.Scoring.of(
-    q, low, starts, newest, call, n=n, page=rules.page, group=rules.group
-  )
+  numbers = {'n': n, 'page': rules.page, 'group': rules.group}
+  return gpu.Scoring.of(q, low, starts, newest, call, loose=loose, **numbers)
 
 
 def list_pages(

@@ -30,6 +30,7 @@ def kv_page_scores(
   width: int,
   kv_heads: int,
   group: str = 'max',
+  loose: Float[Array, 'B h H'] | None = None,
   heads: Int32[Array, 'h'] | None = None,
 ) -> Float[Array, 'B h W']:
   """The scores by which `choose_pages` chooses, of one row of bounds each.
@@ -42,6 +43,7 @@ def kv_page_scores(
     width: W, pages.
     kv_heads: K.
     group: see there.
+    loose: see there.
     heads: `scored_heads`, of which -1 is scored as kv head 0; None: every head.
 
   Returns:
@@ -52,6 +54,10 @@ def kv_page_scores(
     q = q.reshape(b, t, kv_heads, n_heads // kv_heads, h)
     q = q[:, :, jnp.maximum(heads, 0)].reshape(b, t, -1, h)
   scores = page_scores(q, low, high)  # [B T h * G C]
+  if loose is not None:
+    wide = jnp.abs(q.astype(jnp.float32)).reshape(b, t, low.shape[1], -1, h)
+    off = jnp.sum(wide * loose[:, None, :, None], axis=-1)  # [B T h G]
+    scores -= off.reshape(b, t, -1, 1)
   scores = scores.reshape(b, t, low.shape[1], -1, width, low.shape[2] // width)
   mask = valid[:, :, None, None, None, None]
   if group == 'max':  # one maximum: one launch

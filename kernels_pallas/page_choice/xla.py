@@ -20,7 +20,7 @@ def refuse(function: str, *args, **kwargs) -> str | None:
 
 def choose_pages(
   q, low, high, starts, newest, valid, *, n, sink, recent, page, group,
-  unscored, held, due
+  loose, unscored, held, due
 ):  # fmt: skip
   """See `kernels_pallas.page_choice.choose_pages`."""
   kv, width = starts.shape[1:]
@@ -36,7 +36,7 @@ def choose_pages(
   def best():
     shape = {'width': width, 'kv_heads': kv}
     scores = kv_page_scores(
-      q, low, high, valid, group=group, heads=heads, **shape
+      q, low, high, valid, group=group, loose=loose, heads=heads, **shape
     )
     rule = {'sink': sink, 'recent': recent, 'page': page}
     scores = forced_scores(scores, own, newest, **rule)

@@ -249,10 +249,21 @@ class LServeDecode(Decode):
     recent: last tokens that are always among them.
     reuse: C, tokens that a selection serves; a longer piece of a question is
       selected for as a whole.
+    selected_piece: tokens of the longest piece that pages are chosen for. For
+      longer ones retrieval heads see everything, as in the paper's prefill: a
+      list that 16 tokens and all query heads of a kv head share serves none of
+      them well, and reading the cache once for 16 tokens costs what one dense
+      token does. 1: decoded tokens alone; 16: every piece.
     scorer: 'bounds' (Quest's, of the least and largest key of each channel) or
       'moments' (the same of mean - deviation and mean + deviation: not a bound,
       but tighter).
     group: 'max' or 'sum' of the scores of a kv head's query heads.
+    looseness: share of a bound's mean half width (|q| times that of the
+      prompt's logical pages) that is taken off all scores of a query head, 0
+      to 1. Bounds of 16 keys are far above the best of them, by more for one
+      head than for the next; so of heads that share a list, those with the
+      loosest bounds choose most of it. The order of one head's pages stays,
+      and so do the lists of single tokens with group='sum'.
     crossover: with a cache that has room for at most so many tokens, retrieval
       heads see everything: below, selecting costs more than it saves. The whole
       capacity counts, as in `SnapKVDecode`, so that no step asks. -1: one token
@@ -266,6 +277,8 @@ class LServeDecode(Decode):
   reuse: int = 4
   scorer: str = 'bounds'
   group: str = 'max'
+  looseness: float = 0.0
+  selected_piece: int = Decode.max_queries
   crossover: int = AS_MEASURED
 
   needs = frozenset({'recent_tokens', 'rotated'})
@@ -286,6 +299,11 @@ class LServeDecode(Decode):
         f'decode.sink={self.sink} must be at least 0, decode.recent='
         f'{self.recent} and decode.reuse={self.reuse} at least 1'
       )
+    if not 1 <= self.selected_piece <= self.max_queries:
+      raise ValueError(
+        f'decode.selected_piece={self.selected_piece} must be within 1 and '
+        f'{self.max_queries}, the tokens of a piece'
+      )
     if self.crossover < AS_MEASURED:
       raise ValueError(f'decode.crossover={self.crossover} must be at least -1')
     if self.budget < self.sink + self.recent:
@@ -293,12 +311,21 @@ class LServeDecode(Decode):
         f'decode.budget={self.budget} is below sink={self.sink} + '
         f'recent={self.recent}: raise the budget'
       )
+    if not 0 <= self.looseness <= 1:
+      raise ValueError(
+        f'decode.looseness={self.looseness} must be within 0 and 1'
+      )
     if self.group not in ('max', 'sum'):
       raise ValueError(f"decode.group={self.group!r} must be 'max' or 'sum'")
 
   def misfit(self, cache) -> str | None:
     if self.scorer not in ('bounds', 'moments'):
       return f"decode.scorer={self.scorer!r} must be 'bounds' or 'moments'"
+    if self.looseness and self.scorer != 'bounds':
+      return (
+        f'decode.looseness={self.looseness} is of bounds: decode.scorer must '
+        f"be 'bounds' and not {self.scorer!r}"
+      )
     if self.scorer not in cache.provides:
       return (
         f'decode scores pages by {self.scorer}, but the cache provides '
@@ -308,15 +335,24 @@ class LServeDecode(Decode):
 
   def init_state(self, shape: CacheShape) -> Choice:
     # `start` gives it the width that the cache's pages ask for.
-    return Choice.none(shape.batch, shape.n_kv_heads, shape.shards.seq)
+    choice = Choice.none(shape.batch, shape.n_kv_heads, shape.shards.seq)
+    if not self.looseness:
+      return choice
+    heads = shape.batch, shape.n_kv_heads, shape.shards.seq, shape.head_dim
+    return dataclasses.replace(choice, loose=jnp.zeros(heads, jnp.float32))
 
   def state_specs(self, axes) -> Choice:
     rows = split(axes.data)
-    return Choice(split(axes.data, axes.model, axes.seq), rows, rows)
+    heads = split(axes.data, axes.model, axes.seq)
+    return Choice(heads, rows, rows, heads if self.looseness else None)
 
   def start(self, cache, state: Choice) -> Choice:
     batch, kv_heads, width = cache.page_starts().shape
-    return Choice.none(batch, kv_heads, min(self.pages(cache.page), width))
+    choice = Choice.none(batch, kv_heads, min(self.pages(cache.page), width))
+    if not self.looseness:
+      return choice
+    loose = reused_pages.looseness(cache, self.looseness)
+    return dataclasses.replace(choice, loose=loose)
 
   def pages(self, page: int) -> int:
     """Pages of a list: the budget's, one as the newest is rarely full."""
@@ -327,6 +363,8 @@ class LServeDecode(Decode):
     # Measured where half of the heads stream.
     measured = self.measured_as if is_ring(cache) else ''
     sees_all = shards.sees_all(self.crossover, 'step', measured, q, cache, ctx)
+    long = q.shape[1] > self.selected_piece
+    sees_all |= long
     bounds, scoring = self.scorer == 'bounds', None
     # Rotated or not, the token in the cache or not: shapes are the same.
     if bounds and not sees_all and reused_pages.serves(q, cache, ctx):
@@ -341,6 +379,8 @@ class LServeDecode(Decode):
       )
     elif sees_all:
       ids, starts = cache.page_ids(), cache.page_starts()
+      if long:  # may have begun more pages than a choice is joined by
+        state = state.outdated(ctx.count)
     else:
       state, ids, starts = self._listed(q, cache, state, ctx)
     part, keys = self._attended(q, cache, ids, starts, ctx)
@@ -361,7 +401,7 @@ class LServeDecode(Decode):
     # All rows choose on a common step, or it would come in almost every one.
     due = jnp.any(state.due(newest, ctx.count, self.reuse)).astype(jnp.int32)
     due = jax.lax.pmax(due, ctx.axes.data) > 0
-    slots = self._choose(q, cache, newest, state.slots, due, ctx)
+    slots = self._choose(q, cache, newest, state, due, ctx)
     state = state.replaced(slots, newest, jnp.where(due, ctx.count, 0))
     state = state.served(ctx.count)
     slots = state.with_new_pages(
@@ -379,8 +419,10 @@ class LServeDecode(Decode):
       first_slots=cache.config.ring_width if is_ring(cache) else 0,
     )
 
-  def _choose(self, q, cache, newest, held, due, ctx: Context):
+  def _choose(self, q, cache, newest, state: Choice, due, ctx: Context):
     """Slots [B K n] of the pages that retrieval heads see: held, if not due."""
+    held, axis = state.slots, ctx.axes.seq
+    loose = reused_pages.shared_looseness(state, cache.used, axis)
 
     def choose():
       low, high = self.bounds(cache)
@@ -395,8 +437,9 @@ class LServeDecode(Decode):
         sink=self.sink,
         recent=self.recent,
         page=cache.page,
-        axis=ctx.axes.seq,
+        axis=axis,
         group=self.group,
+        loose=loose,
         unscored=cache.ring if is_ring(cache) else None,
         held=held,
         due=due,

@@ -30,11 +30,14 @@ class Choice:
     slots: int32 [B K n] of each row's table, this shard's; -1: none.
     newest: int32 [B] position of the newest token when they were chosen.
     age: int32 [B] tokens that were answered from them.
+    loose: float32 [B h 1 H] what bounds are too wide by, of the prompt's keys
+      on this shard (`looseness`); None: nothing is taken off.
   """
 
   slots: Int32[Array, 'B K n']
   newest: Int32[Array, 'B']
   age: Int32[Array, 'B']
+  loose: Float[Array, 'B h 1 H'] | None = None
 
   @classmethod
   def none(cls, batch: int, n_kv_heads: int, n: int) -> 'Choice':
@@ -62,6 +65,11 @@ class Choice:
     age = jnp.minimum(self.age + count, LONG_AGO)
     return dataclasses.replace(self, age=age)
 
+  def outdated(self, count: Int32[Array, 'B']) -> 'Choice':
+    """After `count` more tokens, none from it: the next ones choose anew."""
+    age = jnp.where(count > 0, LONG_AGO, self.age)
+    return dataclasses.replace(self, age=age)
+
   def replaced(
     self,
     slots: Int32[Array, 'B K n'],
@@ -70,10 +78,11 @@ class Choice:
   ) -> 'Choice':
     """Chosen anew where `count` is above 0; other rows' slots are as before."""
     active = count > 0
-    return Choice(
-      slots,
-      jnp.where(active, newest, self.newest),
-      jnp.where(active, 0, self.age),
+    return dataclasses.replace(
+      self,
+      slots=slots,
+      newest=jnp.where(active, newest, self.newest),
+      age=jnp.where(active, 0, self.age),
     )
 
   def with_new_pages(
@@ -102,6 +111,37 @@ class Choice:
     start = jnp.take_along_axis(starts, safe, axis=2)
     fresh = (slot >= 0) & (start > self.newest[:, None, None])
     return jnp.concatenate([self.slots, jnp.where(fresh, slot, -1)], axis=2)
+
+
+def looseness(cache, share: float) -> Float[Array, 'B h 1 H']:
+  """`share` of half of the mean width of the cache's bounds, per channel.
+
+  The largest q . k of a page is about q . middle + (1 - share) |q| . half of
+  the width, so a bound is too large by share |q| . half. Which pages that makes
+  too good is not known; that it makes a query head with wide channels too good
+  beside its mates is.
+  """
+  low, high = cache.bounds()
+  pages, width = low.shape[2], cache.page_starts().shape[2]
+  logical = cache.page * width // pages
+  used = jnp.arange(pages) * logical < cache.used[:, None]
+  half = (high.astype(jnp.float32) - low.astype(jnp.float32)) / 2
+  half = jnp.sum(jnp.where(used[:, None, :, None], half, 0), axis=2)
+  count = jnp.maximum(jnp.sum(used, axis=1), 1)[:, None, None]
+  return (share * half / count)[:, :, None]
+
+
+def shared_looseness(
+  choice: Choice, used: Int32[Array, 'B'], axis: str
+) -> Float[Array, 'B h H'] | None:
+  """`choice.loose` over all shards, each by the tokens it holds."""
+  if choice.loose is None:
+    return None
+  loose = choice.loose[:, :, 0]
+  if jax.lax.axis_size(axis) == 1:
+    return loose
+  part = used / jnp.maximum(jax.lax.psum(used, axis), 1)
+  return jax.lax.psum(loose * part[:, None, None], axis)
 
 
 def serves(q: Float[Array, 'B T N H'], cache, ctx: Context) -> bool:
@@ -142,6 +182,7 @@ def scoring(
     ctx.count,
     _held(choice),
     rules=rules,
+    loose=shared_looseness(choice, cache.used, ctx.axes.seq),
     unscored=unscored,
   )
 
@@ -182,7 +223,7 @@ def listed(
     rules=rules,
     scored=scored,
   )
-  return Choice(*held), ids, starts
+  return Choice(*held, choice.loose), ids, starts
 
 
 def _held(choice: Choice) -> in_place.Held:

@@ -27,6 +27,7 @@ def top_pages(
   page: int,
   axis: str,
   group: str = 'max',
+  loose: Float[Array, 'B h H'] | None = None,
   unscored: Bool[Array, 'K'] | None = None,
   held: Int32[Array, 'B K n'] | None = None,
   due: Bool[Array, ''] | None = None,
@@ -50,6 +51,7 @@ def top_pages(
     page: tokens a page holds.
     axis: name of the mesh axis that shards pages.
     group: 'max' or 'sum' over query heads.
+    loose: alike on all shards of a row.
     unscored: kv heads without bounds, of which nothing is chosen.
     held: the earlier choice, or None.
     due: whether to choose now, alike on all shards of a row.
@@ -66,6 +68,7 @@ def top_pages(
       *(q, low, high, starts, newest, valid),
       n=n,
       group=group,
+      loose=loose,
       unscored=unscored,
       **rule,
       **when,
@@ -81,6 +84,7 @@ def top_pages(
       width=width,
       kv_heads=kv,
       group=group,
+      loose=loose,
       heads=heads,
     )
     scores = page_choice.forced_scores(scores, own, newest, **rule)

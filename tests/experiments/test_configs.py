@@ -218,6 +218,12 @@ def test_bad_arguments(arg):
     ('lserve_speed', 'bits=8,method=lserve', 'methods', 'dense@8,lserve@8'),
     ('lserve_speed', 'smoke,bits=4,reuse', 'methods', 'dense@4,reuse=4@4'),
     ('lserve_budget', 'task=vt/cwe,vary=scorer', 'tasks', 'vt,cwe'),
+    (
+      'lserve_budget',
+      'vary=piece',
+      'methods',
+      'dense,lserve piece=1,lserve piece=1 looseness=70%',
+    ),
     ('lserve_2x2', 'task=ruler', 'tasks', ','.join(common.RULER)),
     ('lserve_2x2', '', 'methods', 'dense,static,dynamic,both'),
     ('tokenselect_speed', 'method=miss best pages', 'methods', 'dense,miss@'),

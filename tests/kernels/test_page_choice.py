@@ -35,6 +35,7 @@ def case(
   page=8,
   dtype=jnp.bfloat16,
   draw='normal',
+  loose=False,
 ):
   """Ragged rows: more pages than n, fewer, some, and nothing to answer.
 
@@ -64,7 +65,9 @@ def case(
     *(jnp.asarray(x, dtype) for x in (q, low, high)),
     *(jnp.asarray(x) for x in (starts, newest, valid)),
   )
+  off = jnp.asarray(abs(numbers(b, rows, h)), jnp.float32)
   return args, {
+    'loose': off if loose else None,
     'unscored': jnp.asarray(unscored) if unscored else None,
     'held': jnp.asarray(rng.integers(-1, width, (b, kv, n)), jnp.int32),
     'due': jnp.array(True),
@@ -78,7 +81,7 @@ def case(
 
 def run(name, args, kwargs):
   """An implementation's choice, or the reference's, jitted."""
-  arrays = {k: kwargs[k] for k in ('unscored', 'held', 'due')}
+  arrays = {k: kwargs[k] for k in ('loose', 'unscored', 'held', 'due')}
   static = {k: v for k, v in kwargs.items() if k not in arrays}
   choose = IMPLEMENTATIONS.get(name, reference.choose_pages)
   call = functools.partial(choose, **static)
@@ -97,6 +100,13 @@ def run(name, args, kwargs):
       {},
     ),
     ({'group': 3, 'per_page': 1, 'draw': 'ties'}, {'group': 'sum'}),
+    ({'loose': True}, {}),
+    ({'loose': True, 'group': 3, 'draw': 'ties'}, {'group': 'sum'}),
+    (
+      {'loose': True, 'kv': 4, 'unscored': (False, True, False, False)}
+      | {'dtype': jnp.float32},
+      {},
+    ),
     ({'group': 1, 'unscored': None, 'h': 128}, {'held': None, 'due': None}),
     ({'unscored': None, 'n': 37, 'dtype': jnp.float16}, {'sink': 0}),
     ({'n': 2, 'draw': 'ties'}, {'recent': 200}),  # more forced than chosen
@@ -126,16 +136,54 @@ def test_what_is_held_stays_until_it_is_due(name):
   np.testing.assert_array_equal(got, kwargs['held'])
 
 
+def test_a_head_with_loose_bounds_does_not_own_the_list():
+  """One of two query heads is ten times as long, along a channel of noise.
+
+  All keys of channel 0 lie within -1 and 1, pages' middles are all 0: what the
+  long query's bounds say is noise. The short one asks for pages 20 to 24.
+  """
+  rng = np.random.default_rng(0)
+  high = np.zeros((1, 1, 37, 64), np.float32)
+  high[..., 0] = 1 + 0.01 * rng.random((1, 1, 37))
+  low = -high
+  low[:, :, 20:25, 1] = high[:, :, 20:25, 1] = 1
+  q = np.zeros((1, 1, 2, 64), np.float32)
+  q[0, 0, 0, 0], q[0, 0, 1, 1] = 100, 10
+  starts = np.arange(37, dtype=np.int32).reshape(1, 1, 37) * 8
+  loose = high[:, :, :, :].mean(2)
+
+  def choose(loose):
+    slots = page_choice.choose_pages(
+      *map(jnp.asarray, (q, low, high, starts)),
+      jnp.array([37 * 8 - 1]),
+      jnp.ones((1, 1), bool),
+      loose=loose,
+      n=7,
+      sink=1,
+      recent=1,
+      page=8,
+    )
+    return set(np.asarray(slots)[0, 0].tolist())
+
+  assert not choose(None) >= set(range(20, 25))
+  assert choose(jnp.asarray(loose)) == {0, 20, 21, 22, 23, 24, 36}
+
+
+@pytest.mark.parametrize('loose', (False, True))
 @pytest.mark.parametrize('dtype', (jnp.bfloat16, jnp.float32))
 @pytest.mark.parametrize('how', page_choice.GROUPS)
-def test_scores_of_the_kernel_and_of_xla_agree(dtype, how):
-  args, _ = case(group=3, kv=2, unscored=None, n=1, dtype=dtype, per_page=2)
+def test_scores_of_the_kernel_and_of_xla_agree(dtype, how, loose):
+  args, rest = case(
+    group=3, kv=2, unscored=None, n=1, dtype=dtype, per_page=2, loose=loose
+  )
+  loose = rest['loose']
   q, low, high, starts, newest, valid = args
   call = gpu.Call(valid, None, None)
-  work = gpu.Scoring.of(q, low, starts, newest, call, n=1, page=8, group=how)
+  rules = {'n': 1, 'page': 8, 'group': how, 'loose': loose}
+  work = gpu.Scoring.of(q, low, starts, newest, call, **rules)
   got, _ = gpu.page_scores(q, low, high, work, interpret=True)
   want = page_choice.kv_page_scores(
-    q, low, high, valid, width=37, kv_heads=2, group=how
+    q, low, high, valid, width=37, kv_heads=2, group=how, loose=loose
   )
   got, want = (
     page_choice.forced_scores(x, starts, newest, sink=4, recent=20, page=8)
@@ -164,6 +212,7 @@ def test_on_a_gpu(width, t, draw):
     rows=4,
     page=64,
     draw=draw,
+    loose=draw == 'normal',
   )
   kwargs |= {'sink': 64, 'recent': 256}
   q, low, high, starts, newest, valid = args
@@ -179,8 +228,9 @@ def test_on_a_gpu(width, t, draw):
   )
   np.testing.assert_array_equal(kept, kwargs['held'])
   heads = page_choice.scored_heads(kwargs['unscored'], 4)
+  how = {'width': width, 'kv_heads': 8, 'heads': heads}
   scores = page_choice.kv_page_scores(
-    q, low, high, valid, width=width, kv_heads=8, heads=heads
+    q, low, high, valid, loose=kwargs['loose'], **how
   )
   rule = {k: kwargs[k] for k in ('sink', 'recent', 'page')}
   scores = page_choice.forced_scores(scores, starts[:, heads], newest, **rule)
@@ -298,12 +348,13 @@ def on_an_h100(width, rows, n, t):
   specs += [((1, 8, width), jnp.int32), ((1,), jnp.int32), ((1, t), bool)]
   if rows:
     specs += [((8,), bool), ((1, 8, n), jnp.int32), ((), bool)]
+    specs += [((1, rows, 128), jnp.float32)]
 
   def choose(*args):
-    unscored, held, due = args[6:] if rows else (None, None, None)
+    unscored, held, due, loose = args[6:] if rows else (None,) * 4
     return gpu.choose_pages(
       *args[:6], n=n, sink=64, recent=256, page=64, group='max',
-      unscored=unscored, held=held, due=due
+      loose=loose, unscored=unscored, held=held, due=due
     )  # fmt: skip
 
   return choose, specs

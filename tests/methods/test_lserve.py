@@ -104,6 +104,7 @@ class Line:
     at = jnp.arange(n, dtype=jnp.int32)[None]
     self.cache = append(self.cache, rope(k, at), v, at)
     self._note(k, v)
+    self.start = self.length
     self.state = self.decode.start(self.cache, None)
 
   def feed(self, seed, n=1, width=None):
@@ -143,17 +144,26 @@ def attention(line, q, position, head, seen):
 def expected_pages(line, q, decode):
   """Pages that head 0 chooses for rotated queries q [T N H]: brute force."""
   newest, page, logical = line.length - 1, PAGE, 4
-  scores = []
+  scores, loose = [], looseness(line) * decode.looseness
   for first in range(0, line.length, page):
     best = []
     for low in range(first, min(first + page, line.length), logical):
       keys = line.k[low : min(low + logical, line.length), 0]
       bound = np.maximum(q[:, :G] * keys.min(0), q[:, :G] * keys.max(0))
+      bound -= np.abs(q[:, :G]) * loose
       best.append(bound.sum(-1).max())
     forced = first < decode.sink or first + page > newest - decode.recent + 1
     scores.append(np.inf if forced else max(best))
   order = np.argsort(-np.asarray(scores), kind='stable')
   return set(order[: decode.pages(page)].tolist())
+
+
+def looseness(line):
+  """Half of the mean width of the bounds of what `read` read, head 0."""
+  pages = [
+    line.k[i : min(i + 4, line.start), 0] for i in range(0, line.start, 4)
+  ]
+  return np.mean([np.ptp(k, axis=0) / 2 for k in pages], axis=0)
 
 
 def ring_mask(line, position):
@@ -173,15 +183,16 @@ def check(line, out, q, pages, since):
       np.testing.assert_allclose(out[i, head], want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('n', (114, 113, 119))
-def test_pages_are_chosen_every_fourth_token_and_new_ones_join(n):
+@pytest.mark.parametrize('n, loose', ((114, 0), (113, 0), (119, 0), (114, 0.9)))
+def test_pages_are_chosen_every_fourth_token_and_new_ones_join(n, loose):
   """Crosses page boundaries in every phase of the reuse."""
-  line = Line()
+  decode = dataclasses.replace(DECODE, looseness=loose)
+  line = Line(decode=decode)
   line.read(1, n)
   for i in range(14):
     out, q, trace = line.feed(100 + i)
     if i % 4 == 0:
-      pages, since = expected_pages(line, q, DECODE), line.length - 1
+      pages, since = expected_pages(line, q, decode), line.length - 1
       assert len(pages) == DECODE.pages(PAGE) < line.length // PAGE
     check(line, out, q, pages, since)
     seen = np.isin(np.arange(line.length) // PAGE, list(pages))
@@ -201,6 +212,23 @@ def test_a_question_piece_is_selected_for_as_a_whole():
   check(line, out, q, pages, line.length - 2)
   out, q, _ = line.feed(53)
   check(line, out, q, expected_pages(line, q, DECODE), line.length - 1)
+
+
+def test_a_longer_piece_sees_everything_and_the_next_token_chooses_anew():
+  decode = dataclasses.replace(DECODE, selected_piece=4)
+  line = Line(decode=decode)
+  line.read(2, 130)
+  line.feed(50, 3, width=4)  # a choice, which would serve one token more
+  everything = set(range(CAPACITY))
+  out, q, trace = line.feed(51, 3, width=5)
+  check(line, out, q, everything, line.length)
+  positions = line.length - 3 + np.arange(3)
+  rings = sum(ring_mask(line, p)[: p + 1].sum() for p in positions)
+  assert float(trace.keys[0]) == G * (sum(positions + 1) + rings)
+  out, q, _ = line.feed(52)
+  pages = expected_pages(line, q, decode)
+  assert len(pages) < line.length // PAGE
+  check(line, out, q, pages, line.length - 1)
 
 
 def test_it_sees_everything_within_the_budget_and_below_the_crossover():
@@ -414,6 +442,9 @@ def test_a_profile_survives_its_file_and_refuses_others(tmp_path):
     ({'budget': 300}, 'below sink'),
     ({'reuse': 0}, 'reuse=0'),
     ({'crossover': -2}, 'crossover=-2'),
+    ({'selected_piece': 0}, 'selected_piece=0'),
+    ({'looseness': 1.5}, 'looseness=1.5 must be within'),
+    ({'selected_piece': 17}, 'within 1 and 16'),
     ({'group': 'mean'}, "'max' or 'sum'"),
     ({'local': 0}, 'prefill.local=0'),
     ({'dynamic': 'dense'}, 'selects no blocks'),
@@ -431,6 +462,10 @@ def test_bad_numbers_are_refused(fields, message):
   (
     ({'scorer': 'moments'}, 'provides'),
     ({'scorer': 'guess'}, 'must be'),
+    (
+      {'scorer': 'moments', 'stats': 'moments', 'looseness': 0.5},
+      'is of bounds',
+    ),
     ({'stats': 'none'}, 'provides'),
     ({'logical_page': 48}, 'must divide page=64'),
     ({'streaming': 1.5}, 'within 0 and 1'),
@@ -505,20 +540,24 @@ def test_all_heads_of_a_layer_may_stream(tmp_path, dynamic):
 
 @pytest.mark.mesh
 @pytest.mark.parametrize(
-  'budget, contexts',
+  'budget, contexts, looseness',
   (
-    pytest.param(4096, (300, 120), marks=pytest.mark.long),
-    (128, (300, 115)),
+    pytest.param(4096, (300, 120), 0.0, marks=pytest.mark.long),
+    (128, (300, 115), 0.0),
+    pytest.param(128, (300, 115), 0.7, marks=pytest.mark.long),
   ),
 )
-def test_sharded_equals_unsharded_with_streaming_heads(budget, contexts):
+def test_sharded_equals_unsharded_with_streaming_heads(
+  budget, contexts, looseness
+):
   """Windows that cross shards; a half full page behind which others follow.
 
   With a budget of a third, prompts end at whole pages (a shard's last page is
   not filled up, so that the pages to choose from would be others).
   """
   always = {'decode.sink': 16, 'decode.recent': 32}
-  method = methods.get_method('lserve', **SMALL, **always, budget=budget)
+  fields = SMALL | always | {'budget': budget, 'looseness': looseness}
+  method = methods.get_method('lserve', **fields)
   tokens, scores = answer(method, contexts=contexts)
   got, got_scores = answer(method, (2, 2, 2), contexts)
   assert got == tokens

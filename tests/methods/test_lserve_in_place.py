@@ -51,6 +51,10 @@ CASES = {
     TwoWayPaged(**PAGED, ring_heads=RINGS),
     dataclasses.replace(DECODE, budget=32),
   ),
+  'looseness': (
+    TwoWayPaged(**PAGED, ring_heads=RINGS),
+    dataclasses.replace(DECODE, budget=32, looseness=0.7),
+  ),
 }
 MESH = sharding.make_mesh()
 
@@ -134,6 +138,7 @@ def _array_operations(config, decode, most):
   'name',
   [
     'one token',
+    'looseness',
     pytest.param('rings', marks=pytest.mark.long),
     pytest.param('short lists', marks=pytest.mark.long),
     pytest.param('dense', marks=pytest.mark.long),
@@ -271,22 +276,23 @@ def test_it_does_on_a_gpu(name, monkeypatch):
 
 
 @pytest.mark.h100_aot
+@pytest.mark.parametrize('looseness', (0.0, 0.7))
 @pytest.mark.parametrize('bits', (16, pytest.param(8, marks=pytest.mark.long)))
-def test_a_list_is_two_launches_with_the_append(bits, monkeypatch):
+def test_a_list_is_two_launches_with_the_append(bits, looseness, monkeypatch):
   """On the shape of Llama 3 8B at 128K."""
   monkeypatch.setattr(dispatch, '_order', lambda: ('gpu', 'xla'))
   config = TwoWayPaged(profile='alternate', bits=bits)
-  decode = LServeDecode()
+  decode = LServeDecode(looseness=looseness)
   shape = CacheShape(1, 8, 128, 2**17, 'bfloat16')
 
-  def call(cache, array, q, positions, count):
-    choice = decode.start(cache, decode.init_state(shape))
+  def call(cache, choice, array, q, positions, count):
     held = reuse.Held(choice.slots, choice.newest, choice.age)
     rules, newest = decode._rules(cache), positions[:, 0]
     low, high = cache.bounds()
     work = reuse.scoring(
       q, low, cache.starts, newest, count[:, None] > 0, count, held,
       rules=rules, unscored=cache.ring,
+      loose=None if choice.loose is None else choice.loose[:, :, 0],
     )  # fmt: skip
     joint = append_token.Joint(array, 8)
     q, cache, scored = cache.append_joint(joint, positions, count, work)
@@ -298,8 +304,12 @@ def test_a_list_is_two_launches_with_the_append(bits, monkeypatch):
 
   device = jax.sharding.AbstractDevice('NVIDIA H100 80GB HBM3', 132, 'gpu')
   mesh = jax.sharding.AbstractMesh((1,), ('one',), abstract_device=device)
+  cache = jax.eval_shape(lambda: config.init(shape))
   args = (
-    jax.eval_shape(lambda: config.init(shape)),
+    cache,
+    jax.eval_shape(
+      lambda cache: decode.start(cache, decode.init_state(shape)), cache
+    ),
     jax.ShapeDtypeStruct((1, 48, 128), jnp.bfloat16),
     jax.ShapeDtypeStruct((1, 1, 32, 128), jnp.bfloat16),
     jax.ShapeDtypeStruct((1, 1), jnp.int32),
