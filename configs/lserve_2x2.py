@@ -7,7 +7,8 @@ FILE comes from configs/train_head_profile.py (default: what it writes under
 `task=NAME` (one, several with `/` between them, or `ruler` for all of it),
 `protocol=whole|context_first`, `method=NAME` (one row beside dense), `smoke`,
 `piece=N` (pages are chosen for pieces of at most N tokens, 1 to 16),
-`looseness=X` (share of the bounds' mean width that scores lose, 0 to 1).
+`looseness=X` (share of the bounds' mean width that scores lose, 0 to 1),
+`scorer=bounds|moments`, `logical=N` (tokens of a logical page).
 Times of the same four stand in configs/lserve_speed.py.
 """
 
@@ -28,6 +29,8 @@ def get_config(arg=''):
     protocol='',
     piece=16,
     looseness=0.0,
+    scorer='bounds',
+    logical=16,
   )
   config = common.base('evaluate', 'LServe: static and dynamic sparsity')
   config.model = '.cache/models/SmolLM2-135M-Instruct.Q4_1.gguf'
@@ -38,8 +41,10 @@ def get_config(arg=''):
     'crossover': 0,
     'selected_piece': arg.piece,
     'looseness': arg.looseness,
+    'scorer': arg.scorer,
   }
-  dynamic = {'decode': decode}
+  cache = {'stats': arg.scorer, 'logical_page': arg.logical}
+  dynamic = {'decode': decode, 'cache': cache}
   config.methods = common.methods(
     arg.method,
     {

@@ -84,13 +84,15 @@ def _variants(small):
     for n in (32, 64)
   }
   alone['page=64, logical=8'] = {'cache': {'page': 64, 'logical_page': 8}}
+  moments = {'scorer': 'moments', 'stats': 'moments'}
   return {
     'budget': {f'budget={n}': budget(n) for n in (1024, 2048, 4096, 8192)},
     'reuse': {f'reuse={n}': two | {'reuse': n} for n in (1, 2, 8, 16)},
     'page': {name: two | fields for name, fields in (pages | alone).items()},
     'cache': {f'bits={n}': two | {'bits': n} for n in (8, 4)},
     'scorer': {
-      'moments': two | {'scorer': 'moments', 'stats': 'moments'},
+      'moments': two | moments,
+      'moments, logical=4': two | moments | {'logical_page': 4},
       'group=sum': two | {'group': 'sum'},
       'looseness=50%': two | {'looseness': 0.5},
       'looseness=70%': two | {'looseness': 0.7},

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from kernels_pallas.selected_token import page_scores
+from kernels_pallas.selected_token import likely_page_scores, page_scores
 
 
 def scored_heads(unscored: Bool[Array, 'K'], rows: int) -> Int32[Array, 'h']:
@@ -32,6 +32,7 @@ def kv_page_scores(
   group: str = 'max',
   loose: Float[Array, 'B h H'] | None = None,
   heads: Int32[Array, 'h'] | None = None,
+  moments: bool = False,
 ) -> Float[Array, 'B h W']:
   """The scores by which `choose_pages` chooses, of one row of bounds each.
 
@@ -45,6 +46,7 @@ def kv_page_scores(
     group: see there.
     loose: see there.
     heads: `scored_heads`, of which -1 is scored as kv head 0; None: every head.
+    moments: low and high are mean and deviation (`likely_page_scores`).
 
   Returns:
     float32; -inf where no query is valid.
@@ -53,7 +55,8 @@ def kv_page_scores(
   if heads is not None:
     q = q.reshape(b, t, kv_heads, n_heads // kv_heads, h)
     q = q[:, :, jnp.maximum(heads, 0)].reshape(b, t, -1, h)
-  scores = page_scores(q, low, high)  # [B T h * G C]
+  score = likely_page_scores if moments else page_scores
+  scores = score(q, low, high)  # [B T h * G C]
   if loose is not None:
     wide = jnp.abs(q.astype(jnp.float32)).reshape(b, t, low.shape[1], -1, h)
     off = jnp.sum(wide * loose[:, None, :, None], axis=-1)  # [B T h G]

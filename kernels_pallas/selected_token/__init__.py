@@ -24,6 +24,7 @@ from kernels_pallas.keys import Pages
 from kernels_pallas.partial import Partial
 from kernels_pallas.selected_token.rows import row_lists
 from kernels_pallas.selected_token.scores import (
+  likely_page_scores,
   page_scores,
   soft_vote,
   token_scores,
@@ -36,6 +37,7 @@ __all__ = [
   'attend_pages',
   'attend_tokens',
   'contiguous',
+  'likely_page_scores',
   'page_scores',
   'soft_vote',
   'token_scores',

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Int32
 
 from kernels_pallas.block_sparse import (
   EVERYTHING,
@@ -255,8 +255,8 @@ class LServeDecode(Decode):
       them well, and reading the cache once for 16 tokens costs what one dense
       token does. 1: decoded tokens alone; 16: every piece.
     scorer: 'bounds' (Quest's, of the least and largest key of each channel) or
-      'moments' (the same of mean - deviation and mean + deviation: not a bound,
-      but tighter).
+      'moments' (what the best key is likely to reach, by mean and deviation: no
+      bound, and in plain XLA).
     group: 'max' or 'sum' of the scores of a kv head's query heads.
     looseness: share of a bound's mean half width (|q| times that of the
       prompt's logical pages) that is taken off all scores of a query head, 0
@@ -423,9 +423,10 @@ class LServeDecode(Decode):
     """Slots [B K n] of the pages that retrieval heads see: held, if not due."""
     held, axis = state.slots, ctx.axes.seq
     loose = reused_pages.shared_looseness(state, cache.used, axis)
+    bounds = self.scorer == 'bounds'
 
     def choose():
-      low, high = self.bounds(cache)
+      low, high = cache.bounds() if bounds else cache.moments()
       return top_pages(
         q,
         low,
@@ -443,20 +444,12 @@ class LServeDecode(Decode):
         unscored=cache.ring if is_ring(cache) else None,
         held=held,
         due=due,
+        moments=not bounds,
       )
 
-    if self.scorer == 'bounds':  # they are there; others are made when due
+    if bounds:  # they are there; others are made when due
       return choose()
     return jax.lax.cond(due, choose, lambda: held)
-
-  def bounds(
-    self, cache
-  ) -> tuple[Float[Array, 'B h C H'], Float[Array, 'B h C H']]:
-    """(low, high) per channel of each logical page, which pages score by."""
-    if self.scorer == 'bounds':
-      return cache.bounds()
-    mean, deviation = cache.moments()
-    return mean - deviation, mean + deviation
 
 
 def retrieval_heads(cache) -> Int32[Array, 'h']:

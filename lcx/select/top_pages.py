@@ -31,6 +31,7 @@ def top_pages(
   unscored: Bool[Array, 'K'] | None = None,
   held: Int32[Array, 'B K n'] | None = None,
   due: Bool[Array, ''] | None = None,
+  moments: bool = False,
 ) -> Int32[Array, 'B K n']:
   """Slots of this shard's pages among the best of all shards.
 
@@ -55,6 +56,8 @@ def top_pages(
     unscored: kv heads without bounds, of which nothing is chosen.
     held: the earlier choice, or None.
     due: whether to choose now, alike on all shards of a row.
+    moments: low and high are mean and deviation, of which scores are likely
+      and no bounds; no kernel has them.
 
   Returns:
     Ascending, -1 at the end where fewer pages exist; n = min(pages, W).
@@ -63,7 +66,7 @@ def top_pages(
   n = min(pages, width)
   rule = {'sink': sink, 'recent': recent, 'page': page}
   when = {'held': held, 'due': due}
-  if jax.lax.axis_size(axis) == 1:
+  if jax.lax.axis_size(axis) == 1 and not moments:
     return page_choice.choose_pages(
       *(q, low, high, starts, newest, valid),
       n=n,
@@ -86,6 +89,7 @@ def top_pages(
       group=group,
       loose=loose,
       heads=heads,
+      moments=moments,
     )
     scores = page_choice.forced_scores(scores, own, newest, **rule)
     best, slots = jax.lax.top_k(scores, n)

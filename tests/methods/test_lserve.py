@@ -306,7 +306,7 @@ def test_a_score_is_above_every_key_of_its_page(seed, bits):
   q = tokens(seed + 1, 2)[0]
   found = kv_page_scores(
     q,
-    *DECODE.bounds(line.cache),
+    *line.cache.bounds(),
     jnp.ones((1, 2), bool),
     width=line.cache.page_starts().shape[2],
     kv_heads=K,
@@ -318,6 +318,28 @@ def test_a_score_is_above_every_key_of_its_page(seed, bits):
     keys = line.k[page * PAGE : (page + 1) * PAGE, 0]
     best = np.max(np.asarray(q)[0, :, :G] @ keys.T)
     assert found[0, page] >= best - 1e-4
+
+
+def test_moments_score_a_page_by_mean_and_deviation_of_its_keys():
+  line = Line(dataclasses.replace(CACHE, stats='moments'))
+  line.read(3, 64)
+  q = tokens(4, 1)[0]
+  found = kv_page_scores(
+    q,
+    *line.cache.moments(),
+    jnp.ones((1, 1), bool),
+    width=line.cache.page_starts().shape[2],
+    kv_heads=K,
+    heads=line.cache.stats_heads(),
+    moments=True,
+  )
+  own = np.float64(np.asarray(q)[0, 0, :G])
+  for page in range(64 // PAGE):
+    keys = np.float64(line.k[page * PAGE : (page + 1) * PAGE, 0])
+    keys = keys.reshape(-1, line.cache.config.logical_page, keys.shape[-1])
+    spread = np.sqrt(np.square(own) @ np.var(keys, axis=1).T)
+    want = np.max(own @ np.mean(keys, axis=1).T + 2 * spread)
+    np.testing.assert_allclose(found[0, 0, page], want, rtol=1e-4)
 
 
 @pytest.mark.long
