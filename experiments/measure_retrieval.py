@@ -456,10 +456,14 @@ def coded(numbers) -> Row:
 
 def searched(index, kind: str, q, top: int, effort: int, n: int):
   """(scores, tokens, share of keys whose exact product was computed)."""
+  from lcx.select import vector_index
+
   if kind in ('exact', 'flat'):
     return *index.search(q, top, effort), 1.0
   if kind == 'fastscan':
-    return *index.search(q, top, effort), min(max(effort, top), n) / n
+    parts = max(1, len(index.parts))
+    ranked = parts * max(vector_index.share(effort, parts), top)
+    return *index.search(q, top, effort), min(ranked, n) / n
   from lcx.select import vector_index_faiss
 
   vector_index_faiss.scanned(reset=True)

@@ -365,6 +365,7 @@ def _effort(config: Config, kind: str, filled: _Filled, part) -> Row:
     'scanned': scanned,
     'target': config.recall,
     'reached': reached,
+    'parts': max(1, len(row.indexes[0].parts)),
     **coded(part.numbers),
     'curve': [[e, *curve[e]] for e in sorted(curve)],
   }
