@@ -263,7 +263,7 @@ def build(
 
 def together(
   asked: Sequence[tuple[Index, int, np.ndarray]], k: int, effort: int, jobs: int
-) -> list[tuple[np.ndarray, np.ndarray]] | None:
+) -> tuple[np.ndarray, np.ndarray] | None:
   """Searches of several indexes in one native call, by threads of faiss.
 
   Args:
@@ -273,7 +273,8 @@ def together(
     jobs: threads, at least.
 
   Returns:
-    What `Index.search` returns, of each; None where faiss cannot do it at once.
+    What `Index.search` returns, of all queries, one index behind the other;
+    None where faiss cannot do it at once.
   """
   parts = [index.parts or (index,) for index, _, _ in asked]
   split = len(parts[0])
@@ -311,10 +312,7 @@ def together(
     score[missing], tokens[missing] = -np.inf, -1
   if split > 1:
     score, tokens = vector_index_native.merged(score, tokens, split)
-  return [
-    (score[a:b], tokens[a:b])
-    for a, b in itertools.pairwise(first[: len(asked) + 1])
-  ]
+  return score, tokens
 
 
 def share(effort: int, parts: int) -> int:

@@ -309,6 +309,12 @@ def test_elements_that_do_not_vary_are_scanned():
   assert index.search(q[:1], C, 9)[1].tolist() == [[0]]
 
 
+def apart(found, asked):
+  """What `together` found, by what was asked."""
+  cuts = np.cumsum([len(q) for _, _, q in asked])
+  return list(zip(*(np.split(x, cuts[:-1]) for x in found), strict=True))
+
+
 @needs_faiss
 @pytest.mark.parametrize('jobs', [1, 4, 9])
 @pytest.mark.parametrize('kind', list(FOUND)[1:])
@@ -319,7 +325,7 @@ def test_several_indexes_are_searched_in_one_call(kind, jobs):
   last = one.graphs - 1
   asked = [(one, last, q[:5]), (other, 0, q[5:6]), (other, last, q[:3])]
   for k, effort in ((C, 50), (5, 8)):
-    got = vi.together(asked, k, effort, jobs)
+    got = apart(vi.together(asked, k, effort, jobs), asked)
     for (index, graph, some), mine in zip(asked, got, strict=True):
       want = index.search(some, k, effort, graph)
       for a, b in zip(mine, want, strict=True):
@@ -328,7 +334,8 @@ def test_several_indexes_are_searched_in_one_call(kind, jobs):
   assert vi.together(asked, N + 1, 50, jobs) is None
   other.remove(np.arange(70 + N - 5, 70 + N + 1))
   if kind == 'fastscan':  # what is removed is not there
-    assert vi.together(asked, C, 50, jobs)[2][1].max() < 70 + N - 5
+    found = apart(vi.together(asked, C, 50, jobs), asked)
+    assert found[2][1].max() < 70 + N - 5
   else:
     assert vi.together(asked, C, 50, jobs) is None
 
@@ -365,10 +372,10 @@ def test_parts_of_a_heads_keys_find_what_one_index_does(parts, monkeypatch):
   def check(jobs):
     for effort in (len(one.tokens), 3 * C):
       asked = [(some, 0, q[:5]), (some, 0, q[5:9]), (some, 0, q[:2])]
-      got = vi.together(asked, C, effort, jobs)
+      got = apart(vi.together(asked, C, effort, jobs), asked)
       for (_, _, ask), mine in zip(asked, got, strict=True):
-        apart = some.search(ask, C, effort)
-        for a, b in zip(mine, apart, strict=True):
+        by_itself = some.search(ask, C, effort)
+        for a, b in zip(mine, by_itself, strict=True):
           np.testing.assert_array_equal(a, b)
         want = one.search(ask, C, effort)
         if effort >= len(one.tokens):  # all keys are ranked
