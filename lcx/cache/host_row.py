@@ -398,17 +398,17 @@ class Row:
       score, tokens = self._candidates(
         step, rows, k, effort, fresh, search.jobs or cores.available()
       )
-      step.counts[0] += len(rows) * (len(self._sample) + step.until)
-      step.counts[0] -= len(rows) * min(step.until, stop)
+      scored = len(self._sample) + max(0, step.until - stop)
+      step.counts[0] += len(rows) * scored
       weight, lse = weights(score)
-      rest, missed = self._left(aside[rows], score, tokens, step)
+      rest, missed = self._left(aside, rows, score, tokens, step)
       held = np.logaddexp(lse, device[rows])
       share = 1 / (1 + np.exp(np.clip(rest - held, -80, 80)))
       poor = ~missed & (share < search.mass) & (k < search.most)
       good = ~missed & ~poor
-      step.counts[3] += missed.sum()
-      step.counts[4] += poor.sum()
       if not good.all():
+        step.counts[3] += missed.sum()
+        step.counts[4] += poor.sum()
         more = 2 * k if misses else k
         todo.append((rows[missed], more, 2 * effort, misses + 1))
         more = min(4 * k, search.most)
@@ -439,7 +439,7 @@ class Row:
     self._widened = begin, end
     return self._wide[:, : until - stop]
 
-  def _left(self, aside, score, tokens, step: 'Step'):
+  def _left(self, aside, rows, score, tokens, step: 'Step'):
     """(log of the estimated exp sum left out, whether a search missed a key).
 
     From a sample of the indexed keys, drawn once; those found do not count. A
@@ -447,8 +447,8 @@ class Row:
     the last one, a recall below 1 is no failure.
     """
     width = aside.shape[1]
-    left = np.empty((len(aside), width + 1), np.float32)
-    left[:, :width] = aside
+    left = np.empty((len(rows), width + 1), np.float32)
+    left[:, :width] = aside if len(rows) == len(aside) else aside[rows]
     slot = self._slot.take(tokens, mode='clip')  # the last: of fresh tokens
     if tokens.min() < 0:
       slot[tokens < 0] = width

@@ -137,7 +137,7 @@ class Index(Protocol):
 
   Attributes:
     tokens: int64 [n] what its numbers mean.
-    step: where it is not 0, number i means token tokens[0] + i * step.
+    start, step: where step is not 0, number i means token start + i * step.
     graphs: 1, or as many as the kv head has query heads.
     parts: indexes of which it is made; of none, it has its own `native`.
   """
@@ -145,6 +145,7 @@ class Index(Protocol):
   @property
   def tokens(self) -> np.ndarray: ...
 
+  start: int
   step: int
   graphs: int
   parts: tuple[Any, ...]
@@ -191,7 +192,7 @@ class Index(Protocol):
 class Exact:
   """All keys, scanned."""
 
-  graphs, parts, step = 1, (), 0
+  graphs, parts, start, step = 1, (), 0, 0
 
   def __init__(self, keys: np.ndarray, tokens: np.ndarray):
     self.keys, self.tokens = keys, tokens.astype(np.int64)
@@ -299,10 +300,9 @@ def together(
   )
   missing = tokens < 0 if tokens[:, -1].min() < 0 else None  # they are last
   if all(x.step for x in each):
-    step = each[0].step
-    if any(x.step != step for x in each):
-      step = np.repeat([x.step for x in each], np.diff(first))[:, None]
-    start = np.repeat([x.tokens[0] for x in each], np.diff(first))[:, None]
+    sizes = np.diff(first)
+    step = np.repeat([x.step for x in each], sizes)[:, None]
+    start = np.repeat([x.start for x in each], sizes)[:, None]
     tokens *= step
     tokens += start
   else:
@@ -320,11 +320,12 @@ def share(effort: int, parts: int) -> int:
   return -(-effort // max(1, parts))
 
 
-def step_of(tokens: np.ndarray) -> int:
-  """By how much each is more than the one before it; 0: not by so much."""
+def line(tokens: np.ndarray) -> tuple[int, int]:
+  """(start, step) of tokens that are start + i * step; else step is 0."""
+  start = int(tokens[0]) if len(tokens) else 0
   step = int(tokens[1] - tokens[0]) if len(tokens) > 1 else 1
   even = len(tokens) and step > 0 and (np.diff(tokens) == step).all()
-  return step if even else 0
+  return start, step if even else 0
 
 
 def fingerprint(

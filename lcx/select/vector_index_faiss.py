@@ -12,7 +12,7 @@ import numpy as np
 from lcx.select import vector_index_graph as graphs
 from lcx.select import vector_index_scan as scans
 from lcx.select import vector_index_split as splits
-from lcx.select.vector_index import step_of
+from lcx.select.vector_index import line
 from lcx.select.vector_index_native import faiss, give_room
 
 # Distinct first neighbours over queries below which a head is taken to be
@@ -44,7 +44,8 @@ class FaissIndex:
   def _mark(self) -> None:
     """Notes what is removed, for searches to pass over."""
     there = self.tokens >= 0
-    self._gone, self.step = int(np.sum(~there)), step_of(self.tokens)
+    self.start, self.step = line(self.tokens)
+    self._gone = int(np.sum(~there))
     self._there = None
     if self._gone:
       bits = np.packbits(there, bitorder='little')

@@ -23,10 +23,10 @@ class SplitIndex:
 
   Attributes:
     parts: token t is in number t % P, or was.
-    step: 0: what is found are tokens.
+    step: 0: its numbers are its parts'.
   """
 
-  graphs, step = 1, 0
+  graphs, start, step = 1, 0, 0
 
   def __init__(self, parts: Sequence[Any]):
     self.parts = tuple(parts)
