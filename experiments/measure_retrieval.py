@@ -70,6 +70,7 @@ class Config:
     repeats: samples of `decode`, a token each.
     jobs: of `decode`: threads that share a layer's queries; 0: the cores.
     more_jobs: others, with which a kind decodes from the same index again.
+    link: of `decode`: by which a step calls the host (`lcx.cache.Host`).
     dtype: of weights, keys and values.
     seed: of what is drawn.
     output: a file that also gets the rows; '': none.
@@ -92,6 +93,7 @@ class Config:
   repeats: int = 10
   jobs: int = 0
   more_jobs: tuple[int, ...] = ()
+  link: Literal['io', 'buffer'] = 'io'
   dtype: Literal['float32', 'bfloat16'] = 'bfloat16'
   seed: int = 0
   output: str = ''
@@ -456,10 +458,14 @@ def coded(numbers) -> Row:
 
 def searched(index, kind: str, q, top: int, effort: int, n: int):
   """(scores, tokens, share of keys whose exact product was computed)."""
+  from lcx.select import vector_index
+
   if kind in ('exact', 'flat'):
     return *index.search(q, top, effort), 1.0
   if kind == 'fastscan':
-    return *index.search(q, top, effort), min(max(effort, top), n) / n
+    parts = max(1, len(index.parts))
+    ranked = parts * max(vector_index.share(effort, parts), top)
+    return *index.search(q, top, effort), min(ranked, n) / n
   from lcx.select import vector_index_faiss
 
   vector_index_faiss.scanned(reset=True)

@@ -147,15 +147,15 @@ def add(row: Row) -> int:
 @contextlib.contextmanager
 def room(host, row: Row, need: int):
   """Sets bytes aside while a row grows by them; refuses to pass the bound."""
-  need = max(0, need)
+  if need <= 0:
+    yield
+    return
   with _growing:  # else two rows take the same room
-    if need:
-      held, bound = held_bytes(), host.bound()
-      if held + need > bound:
-        raise MemoryError(
-          f'{need} more bytes of host memory beside {held}; the bound is '
-          f'{bound}'
-        )
+    held, bound = held_bytes(), host.bound()
+    if held + need > bound:
+      raise MemoryError(
+        f'{need} more bytes of host memory beside {held}; the bound is {bound}'
+      )
     row.growing += need
   try:
     yield
@@ -215,8 +215,8 @@ def attend(numbers, new, asked, *, search, host):
     host: the cache's `Host`.
 
   Returns:
-    (int32 [B 2] handles and faults,
-    float32 [B T*N*(H+2) + len(STATS)] what `HostCache.attend_host` says).
+    int32 [B 2+m] of a row's handle and fault, then bits of float32
+    [T*N*(H+2) + len(STATS)], what `HostCache.attend_host` says.
   """
   start = time.perf_counter()
   numbers, new, asked = (np.asarray(x) for x in (numbers, new, asked))
@@ -229,12 +229,13 @@ def attend(numbers, new, asked, *, search, host):
     handles, used, count, keys, values, positions, host
   )
   fault = np.maximum(fault, ready.max(1, initial=0))
-  packed = np.zeros((batch, t * n * (h + 2) + len(STATS)), np.float32)
+  both = np.zeros((batch, 2 + t * n * (h + 2) + len(STATS)), np.int32)
+  packed = both[:, 2:].view(np.float32)
   found = packed[:, : -len(STATS)].reshape(batch, t, n, h + 2)
   stats = packed[:, -len(STATS) :]
   found[..., h:] = -np.inf
   # Padding is not asked for, and rows of nothing else are not, either.
-  rows = [b for b in np.flatnonzero(count) if not fault[b]]
+  rows = [b for b in range(batch) if count[b] and not fault[b]]
 
   def one(b):
     begin, m = time.perf_counter(), int(count[b])
@@ -248,15 +249,14 @@ def attend(numbers, new, asked, *, search, host):
     attends = time.perf_counter()
     # [T N H+1] -> [K, T * G, H+1]; padding is at the end.
     ask = asked[b, :m].reshape(m, kv, n // kv, h + 1).swapaxes(0, 1)
-    ask = ask.reshape(kv, -1, h + 1)
-    q = ask[..., :h] * np.float32(h**-0.5)
-    part = row.attend(q, ask[..., h], search, pool())
-
-    def by_token(x):
-      return x.reshape(kv, m, n // kv, -1).swapaxes(0, 1).reshape(m, n, -1)
-
-    found[b, :m, :, :h] = by_token(part.out)
-    found[b, :m, :, h:] = by_token(np.stack([part.lse, part.rest], axis=-1))
+    q = np.ascontiguousarray(ask[..., :h]).reshape(kv, -1, h)
+    q *= np.float32(h**-0.5)
+    part = row.attend(q, ask[..., h].reshape(kv, -1), search, pool())
+    mine = found[b, :m].reshape(m, kv, n // kv, h + 2).swapaxes(0, 1)
+    shape = mine.shape[:3]
+    mine[..., :h] = part.out.reshape(*shape, h)
+    mine[..., h] = part.lse.reshape(shape)
+    mine[..., h + 1] = part.rest.reshape(shape)
     stats[b, : len(COUNTERS)] = part.counts
     stats[b, -4] = 1e6 * (joins - begin)
     stats[b, -2] = -1e6 * (part.native_s + attends - begin)
@@ -266,18 +266,20 @@ def attend(numbers, new, asked, *, search, host):
     jobs = [rows_pool().submit(guarded, one, b) for b in rows]
     fault[rows] = [job.result() for job in jobs]
   elif rows:
-    fault[rows] = guarded(one, rows[0])
+    fault[rows[0]] = guarded(one, rows[0])
   lost = fault > 0
-  found[lost, ..., :h], found[lost, ..., h:] = 0.0, -np.inf
-  if rows:
-    spent = 1e6 * (time.perf_counter() - start)
-    stats[rows, -3] = spent / len(rows)
-    stats[rows, -2] = np.maximum(stats[rows, -2] + spent, 0) / len(rows)
-  return np.stack([handles, fault], axis=1), packed
+  if lost.any():
+    found[lost, ..., :h], found[lost, ..., h:] = 0.0, -np.inf
+  both[:, 0], both[:, 1] = handles, fault
+  spent = 1e6 * (time.perf_counter() - start)
+  for b in rows:
+    stats[b, -3] = spent / len(rows)
+    stats[b, -2] = max(stats[b, -2] + spent, 0) / len(rows)
+  return both
 
 
 def attend_bits(bits, *, shape, dtype, search, host):
-  """`attend` of one array, to one.
+  """`attend` of one array.
 
   Args:
     bits: int32 [B w] of each row's `numbers`, `asked` and `new`, one behind
@@ -286,17 +288,14 @@ def attend_bits(bits, *, shape, dtype, search, host):
     dtype: of `new`.
     search: how.
     host: the cache's `Host`.
-
-  Returns:
-    int32 [B 2+m] of a row's handle and fault, then bits of its [m] floats.
   """
   bits, (t, n, kv, h) = np.asarray(bits), shape
-  ends = np.cumsum([3 + t + kv, t * n * (h + 1)])
-  numbers, asked, new = np.split(bits, ends, axis=1)
+  head = 3 + t + kv
+  body = head + t * n * (h + 1)
+  numbers, asked, new = bits[:, :head], bits[:, head:body], bits[:, body:]
   asked = asked.view(np.float32).reshape(-1, t, n, h + 1)
   new = new.view(dtype).reshape(-1, t, 2 * kv, h)
-  rows, found = attend(numbers, new, asked, search=search, host=host)
-  return np.concatenate([rows, found.view(np.int32)], axis=1, dtype=np.int32)
+  return attend(numbers, new, asked, search=search, host=host)
 
 
 def index(handles, used, near, *, numbers, search, folder, host):

@@ -376,7 +376,8 @@ class Row:
     grouped = q.reshape(-1, m, q.shape[1])
     stop = self.indexed[1]
     aside = products(grouped, self._aside).reshape(len(q), -1)
-    aside = np.where(self._sample < step.until, aside, -np.inf)  # not so cut
+    if step.until < stop:  # cut since
+      aside = np.where(self._sample < step.until, aside, -np.inf)
     fresh = None
     if step.until > stop:
       fresh = products(grouped, self._fresh(step.until)).reshape(len(q), -1)
@@ -397,17 +398,17 @@ class Row:
       score, tokens = self._candidates(
         step, rows, k, effort, fresh, search.jobs or cores.available()
       )
-      step.counts[0] += len(rows) * (len(self._sample) + step.until)
-      step.counts[0] -= len(rows) * min(step.until, stop)
+      scored = len(self._sample) + max(0, step.until - stop)
+      step.counts[0] += len(rows) * scored
       weight, lse = weights(score)
-      rest, missed = self._left(aside[rows], score, tokens, step)
+      rest, missed = self._left(aside, rows, score, tokens, step)
       held = np.logaddexp(lse, device[rows])
       share = 1 / (1 + np.exp(np.clip(rest - held, -80, 80)))
       poor = ~missed & (share < search.mass) & (k < search.most)
       good = ~missed & ~poor
-      step.counts[3] += missed.sum()
-      step.counts[4] += poor.sum()
       if not good.all():
+        step.counts[3] += missed.sum()
+        step.counts[4] += poor.sum()
         more = 2 * k if misses else k
         todo.append((rows[missed], more, 2 * effort, misses + 1))
         more = min(4 * k, search.most)
@@ -438,7 +439,7 @@ class Row:
     self._widened = begin, end
     return self._wide[:, : until - stop]
 
-  def _left(self, aside, score, tokens, step: 'Step'):
+  def _left(self, aside, rows, score, tokens, step: 'Step'):
     """(log of the estimated exp sum left out, whether a search missed a key).
 
     From a sample of the indexed keys, drawn once; those found do not count. A
@@ -446,41 +447,53 @@ class Row:
     the last one, a recall below 1 is no failure.
     """
     width = aside.shape[1]
-    left = np.empty((len(aside), width + 1), np.float32)
-    left[:, :width] = aside
-    slot = self._slot[np.minimum(tokens, len(self._slot) - 1)]
-    left[np.arange(len(left))[:, None], slot] = -np.inf
+    left = np.empty((len(rows), width + 1), np.float32)
+    left[:, :width] = aside if len(rows) == len(aside) else aside[rows]
+    slot = self._slot.take(tokens, mode='clip')  # the last: of fresh tokens
+    if tokens.min() < 0:
+      slot[tokens < 0] = width
+    place = slot + (width + 1) * np.arange(len(left))[:, None]
+    left.reshape(-1)[place.ravel()] = -np.inf
     left[:, width] = -np.inf  # where tokens beside the sample fell
-    here = max(1, (self._sample < step.until).sum())
-    rest = lse_of(left) + np.log((step.until - step.first) / here)
+    here = len(self._sample)
+    if step.until < self.indexed[1]:
+      here = max(1, (self._sample < step.until).sum())
+    most = left.max(1)
+    rest = lse_of(left, most) + np.log((step.until - step.first) / here)
     middle = tokens.shape[1] // 2
     some, middle = tokens[:, middle] >= 0, score[:, middle]
     middle = np.where(some, middle, 0)
     slack = 1e-3 * np.abs(middle)  # the index keeps 16-bit floats
-    missed = left.max(1) > np.where(some, middle + slack, -np.inf)
+    missed = most > np.where(some, middle + slack, -np.inf)
     return rest.astype(np.float32), missed
 
   def _candidates(self, step: 'Step', rows, k, effort, fresh, jobs: int):
     """(scores, tokens) [R k] of listed queries, of index and fresh tokens."""
     stop, until = self.indexed[1], step.until
     recent = max(0, stop - until)  # indexed, but on the device since a cut
-    graphs = self.indexes[0].graphs
-    kind = rows // step.m * graphs + rows % step.m % graphs
-    order = np.argsort(kind, kind='stable')
-    cuts = [0, *(np.flatnonzero(np.diff(kind[order])) + 1), len(order)]
-    heads = [order[a:b] for a, b in itertools.pairwise(cuts)]
-    asked = [
-      (self.indexes[kind[x[0]] // graphs], kind[x[0]] % graphs, step.q[rows[x]])
-      for x in heads
-    ]
-    score = np.full((len(rows), k + recent), -np.inf, np.float32)
-    tokens = np.full(score.shape, -1, np.int64)
-
-    for part, (some, found) in zip(
-      heads, step.searched(asked, k + recent, effort, jobs), strict=True
-    ):
-      score[part, : some.shape[1]] = some
-      tokens[part, : some.shape[1]] = found
+    graphs, order = self.indexes[0].graphs, None
+    if graphs == 1 and len(rows) == len(step.q):
+      heads = step.q.reshape(len(self.indexes), step.m, -1)
+      asked = [(x, 0, q) for x, q in zip(self.indexes, heads, strict=True)]
+    else:
+      kind = rows // step.m * graphs + rows % step.m % graphs
+      order = np.argsort(kind, kind='stable')
+      cuts = [0, *(np.flatnonzero(np.diff(kind[order])) + 1), len(order)]
+      heads = [order[a:b] for a, b in itertools.pairwise(cuts)]
+      asked = [
+        (
+          self.indexes[kind[x[0]] // graphs],
+          kind[x[0]] % graphs,
+          step.q[rows[x]],
+        )
+        for x in heads
+      ]
+    score, tokens = step.searched(asked, k + recent, effort, jobs)
+    if order is not None:
+      back = np.argsort(order)
+      score, tokens = score[back], tokens[back]
+    if until == stop:
+      return score, tokens
     if recent:
       score = np.where(tokens < until, score, -np.inf)
     if fresh is not None:
@@ -488,17 +501,17 @@ class Row:
       number = np.broadcast_to(number, (len(rows), len(number)))
       score = np.concatenate([score, fresh[rows]], 1)
       tokens = np.concatenate([tokens, number], 1)
-    if until != stop:
-      order = np.argsort(-score, axis=1)[:, :k]
-      score = np.take_along_axis(score, order, 1)
-      tokens = np.take_along_axis(tokens, order, 1)
+    order = np.argsort(-score, axis=1)[:, :k]
+    score = np.take_along_axis(score, order, 1)
+    tokens = np.take_along_axis(tokens, order, 1)
     return score, np.where(score > -np.inf, tokens, -1)
 
   def _mix(self, step: 'Step', rows, weight, tokens) -> None:
     """Puts the values' means into `step.out`, several rows a job."""
     size = self.v.shape[1]
     values = self.v.reshape(-1, self.v.shape[2])
-    place = np.maximum(tokens, 0) + (rows // step.m * size)[:, None]
+    place = np.maximum(tokens, 0)
+    place += (rows // step.m * size)[:, None]
     at_once = max(1, _VALUES // tokens.shape[1])
     a_job = _A_JOB * at_once
 

@@ -81,7 +81,9 @@ class Calibration(NamedTuple):
 
   def far(self, q: np.ndarray) -> np.ndarray:
     """Bool [K M]: which of q [K M H] are unlike those of their kv head."""
-    return self.distance(q) > self.limit
+    x = q - self.centre
+    x /= self.spread
+    return np.einsum('kmh,kmh->km', x, x) > q.shape[2] * self.limit
 
 
 class Step:
@@ -99,10 +101,13 @@ class Step:
     self.search_s = self.native_s = 0.0
     self._pool = pool
 
-  def searched(self, asked, k: int, effort: int, jobs: int) -> list:
-    """What each index finds: see `lcx.select.vector_index.together`.
+  def searched(
+    self, asked, k: int, effort: int, jobs: int
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """What the indexes find: see `lcx.select.vector_index.together`.
 
-    In one native call, or by the pool's threads.
+    In one native call, or by the pool's threads; of fewer than k, the others
+    are -inf and -1.
     """
     begin = time.perf_counter()
     found = vi.together(asked, k, effort, jobs)
@@ -111,28 +116,25 @@ class Step:
       self.native_s += seconds
       self.search_s += seconds
       return found
-    size = max(1, sum(len(q) for _, _, q in asked) // jobs)
-    parts = [
-      (i, first)
-      for i, (_, _, q) in enumerate(asked)
-      for first in range(0, len(q), size)
-    ]
+    sizes = [len(q) for _, _, q in asked]
+    at_once = max(1, sum(sizes) // jobs)
+    score = np.full((sum(sizes), k), -np.inf, np.float32)
+    tokens = np.full(score.shape, -1, np.int64)
+    parts, begin = [], 0
+    for each, size in zip(asked, sizes, strict=True):
+      cuts = range(0, size, at_once)
+      parts += [(each, first, begin + first) for first in cuts]
+      begin += size
 
     def search(part):
-      begin, (i, first) = time.perf_counter(), part
-      index, graph, q = asked[i]
-      some = index.search(q[first : first + size], k, effort, graph)
-      return some, time.perf_counter() - begin
+      begin, ((index, graph, q), first, at) = time.perf_counter(), part
+      some = index.search(q[first : first + at_once], k, effort, graph)
+      for mine, found in zip((score, tokens), some, strict=True):
+        mine[at : at + len(found), : found.shape[1]] = found
+      return time.perf_counter() - begin
 
-    found = [[] for _ in asked]
-    done = self.side_by_side(search, parts)
-    for (i, _), (some, seconds) in zip(parts, done, strict=True):
-      found[i].append(some)
-      self.search_s += seconds
-    return [
-      tuple(np.concatenate(x) for x in zip(*some, strict=True))
-      for some in found
-    ]
+    self.search_s += sum(self.side_by_side(search, parts))
+    return score, tokens
 
   def side_by_side(self, work, each) -> list:
     """`work` of each, in the pool's threads and the calling one.
@@ -152,12 +154,14 @@ class Step:
 
 def weights(score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """(softmax [M c], logsumexp [M]) of scores; zeros and -inf of nothing."""
-  peak = np.max(score, axis=1, keepdims=True)
-  peak = np.where(peak > -np.inf, peak, np.float32(0))
-  weight = np.exp(score - peak)
+  peak = score.max(axis=1, keepdims=True)
+  peak[peak == -np.inf] = 0
+  weight = score - peak
+  np.exp(weight, out=weight)
   total = weight.sum(1)
   with np.errstate(divide='ignore'):
-    lse = np.log(total) + peak[:, 0]
+    lse = np.log(total)
+  lse += peak[:, 0]
   weight /= np.maximum(total, np.float32(1e-30))[:, None]
   return weight, lse
 
@@ -227,9 +231,16 @@ def products(q: np.ndarray, keys: np.ndarray) -> np.ndarray:
   return out
 
 
-def lse_of(x: np.ndarray) -> np.ndarray:
-  """Logsumexp over the last axis; -inf of nothing."""
-  peak = np.max(x, axis=-1, keepdims=True, initial=-np.inf)
-  peak = np.where(peak > -np.inf, peak, 0.0)
+def lse_of(x: np.ndarray, peak: np.ndarray | None = None) -> np.ndarray:
+  """Logsumexp over the last axis; -inf of nothing.
+
+  Args:
+    x: [... n].
+    peak: [...] the largest of it, where that is known.
+  """
+  if peak is None:
+    peak = np.max(x, axis=-1, initial=-np.inf)
+  peak = np.where(peak > -np.inf, peak, np.float32(0))
+  x = x - peak[..., None]
   with np.errstate(divide='ignore'):
-    return np.log(np.exp(x - peak).sum(-1)) + peak[..., 0]
+    return np.log(np.exp(x, out=x).sum(-1)) + peak

@@ -33,6 +33,7 @@ import numpy as np
 from kernels_pallas.partial import Partial, merge
 from kernels_pallas.selected_token import attend_pages
 from lcx import cache as caches
+from lcx import cores
 from lcx.cache.host import STATS
 from lcx.cache.host_row import Near, Search
 from lcx.methods.base import Axes, Context, Decode, Method, Rope, Trace
@@ -71,6 +72,8 @@ class RetrievalDecode(Decode):
     graphs: one a 'kv_head', or one a 'query_head': as many times the links.
     bits: of an element in the codes of `fastscan`, in the mean: 2, 3 or 4.
     jobs: threads among which the queries of a layer are split; 0: the cores.
+      Where they are more than the kv heads of the rows that decode together,
+      `fastscan` has as many indexes of a head, each of a part of its keys.
     folder: where indexes are kept, by the fingerprint of what they are made of
       (keys, numbers, what the queries said); '': nowhere.
   """
@@ -234,9 +237,12 @@ class RetrievalDecode(Decode):
 
   def start(self, cache, state):
     """Starts the build; the first search waits for it."""
-    return cache.index(
-      state, self.numbers, self.search(cache.page), self.folder
-    )
+    numbers = self.numbers
+    if self.index == 'fastscan':
+      heads = cache.ring.table.shape[0] * cache.ring.table.shape[1]
+      jobs = self.jobs or cores.available()
+      numbers = dataclasses.replace(numbers, parts=max(1, jobs // heads))
+    return cache.index(state, numbers, self.search(cache.page), self.folder)
 
   def attend(self, q, k, v, rope: Rope, cache, state, ctx: Context):
     q, k = rope(q, ctx.positions), rope(k, ctx.positions)

@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import io
+import itertools
 import os
 import threading
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ KINDS = ('exact', 'flat', 'ivf', 'hnsw', 'graph', 'fastscan')
 # of it, to twice as much; all heads and layers would move at the same token.
 # `nbytes` does not count it, a row does.
 ROOM = 1 / 32
-_FORMAT = 3  # of saved indexes; another one when `build` makes another one
+_FORMAT = 4  # of saved indexes; another one when `build` makes another one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Numbers:
     graphs: of `graph`: one a 'kv_head', made of what all its query heads'
       queries found, or one a 'query_head', over the same stored keys.
     bits: of an element in the codes of `fastscan`, in the mean: 2, 3 or 4.
+    parts: of `fastscan`: of a head's keys, for as many threads; fewer where
+      keys are few.
     seed: of what is drawn.
   """
 
@@ -54,6 +57,7 @@ class Numbers:
   projection: str = 'auto'
   graphs: str = 'kv_head'
   bits: int = 4
+  parts: int = 1
   seed: int = 0
 
   def __post_init__(self):
@@ -79,6 +83,10 @@ class Numbers:
       )
     if self.bits not in (2, 3, 4):
       raise ValueError(f'index bits={self.bits} must be 2, 3 or 4')
+    if self.parts < 1 or (self.parts > 1 and self.kind != 'fastscan'):
+      raise ValueError(
+        f"index parts={self.parts} must be 1, or more of kind 'fastscan'"
+      )
 
   def bytes_per_key(self, dim: int, group: int) -> int:
     """Bytes that an index takes for a key, about.
@@ -129,11 +137,18 @@ class Index(Protocol):
 
   Attributes:
     tokens: int64 [n] what its numbers mean.
+    start, step: where step is not 0, number i means token start + i * step.
     graphs: 1, or as many as the kv head has query heads.
+    parts: indexes of which it is made; of none, it has its own `native`.
   """
 
-  tokens: np.ndarray
+  @property
+  def tokens(self) -> np.ndarray: ...
+
+  start: int
+  step: int
   graphs: int
+  parts: tuple[Any, ...]
 
   def search(
     self, q: np.ndarray, k: int, effort: int, graph: int = 0
@@ -177,7 +192,7 @@ class Index(Protocol):
 class Exact:
   """All keys, scanned."""
 
-  graphs = 1
+  graphs, parts, start, step = 1, (), 0, 0
 
   def __init__(self, keys: np.ndarray, tokens: np.ndarray):
     self.keys, self.tokens = keys, tokens.astype(np.int64)
@@ -249,7 +264,7 @@ def build(
 
 def together(
   asked: Sequence[tuple[Index, int, np.ndarray]], k: int, effort: int, jobs: int
-) -> list[tuple[np.ndarray, np.ndarray]] | None:
+) -> tuple[np.ndarray, np.ndarray] | None:
   """Searches of several indexes in one native call, by threads of faiss.
 
   Args:
@@ -259,26 +274,58 @@ def together(
     jobs: threads, at least.
 
   Returns:
-    What `Index.search` returns, of each; None where faiss cannot do it at once.
+    What `Index.search` returns, of all queries, one index behind the other;
+    None where faiss cannot do it at once.
   """
-  natives = [index.native(k, effort, graph) for index, graph, _ in asked]
+  parts = [index.parts or (index,) for index, _, _ in asked]
+  split = len(parts[0])
+  if any(len(x) != split for x in parts):
+    return None
+  if split > 1:
+    effort = share(effort, split)
+  # Number p of each in turn: then what parts find is merged for all at once.
+  each = [x[p] for p in range(split) for x in parts]
+  graphs = [graph for _, graph, _ in asked] * split
+  natives = [
+    x.native(k, effort, graph) for x, graph in zip(each, graphs, strict=True)
+  ]
   if any(x is None for x in natives):
     return None
   from lcx.select import vector_index_native
 
   if not vector_index_native.available():
     return None
-  scores, numbers = vector_index_native.search(
-    natives, [q for _, _, q in asked], k, jobs
+  score, tokens, first = vector_index_native.search(
+    natives, [q for _, _, q in asked] * split, k, jobs
   )
-  found = []
-  for (index, _, _), score, number in zip(asked, scores, numbers, strict=True):
-    tokens = index.tokens[number]
-    if number[:, -1].min() < 0:  # best first: those at the end
-      score = np.where(number >= 0, score, -np.inf)
-      tokens = np.where(number >= 0, tokens, -1)
-    found.append((score, tokens))
-  return found
+  missing = tokens < 0 if tokens[:, -1].min() < 0 else None  # they are last
+  if all(x.step for x in each):
+    sizes = np.diff(first)
+    step = np.repeat([x.step for x in each], sizes)[:, None]
+    start = np.repeat([x.start for x in each], sizes)[:, None]
+    tokens *= step
+    tokens += start
+  else:
+    for index, (a, b) in zip(each, itertools.pairwise(first), strict=True):
+      tokens[a:b] = index.tokens[tokens[a:b]]
+  if missing is not None:
+    score[missing], tokens[missing] = -np.inf, -1
+  if split > 1:
+    score, tokens = vector_index_native.merged(score, tokens, split)
+  return score, tokens
+
+
+def share(effort: int, parts: int) -> int:
+  """Of an effort, that of each of a head's parts."""
+  return -(-effort // max(1, parts))
+
+
+def line(tokens: np.ndarray) -> tuple[int, int]:
+  """(start, step) of tokens that are start + i * step; else step is 0."""
+  start = int(tokens[0]) if len(tokens) else 0
+  step = int(tokens[1] - tokens[0]) if len(tokens) > 1 else 1
+  even = len(tokens) and step > 0 and (np.diff(tokens) == step).all()
+  return start, step if even else 0
 
 
 def fingerprint(

@@ -4,12 +4,15 @@ faiss 1.15: a graph is put into level 0 of an HNSW index; what that needs is
 said at `inject`.
 """
 
+import dataclasses
 from typing import Any, Self
 
 import numpy as np
 
 from lcx.select import vector_index_graph as graphs
 from lcx.select import vector_index_scan as scans
+from lcx.select import vector_index_split as splits
+from lcx.select.vector_index import line
 from lcx.select.vector_index_native import faiss, give_room
 
 # Distinct first neighbours over queries below which a head is taken to be
@@ -31,6 +34,8 @@ class FaissIndex:
     tokens: int64 [ntotal]; -1: removed.
   """
 
+  parts = ()
+
   def __init__(self, index, tokens: np.ndarray):
     self.index, self.tokens, self.graphs = index, tokens, 1
     give_room(*_vectors(index))
@@ -39,6 +44,7 @@ class FaissIndex:
   def _mark(self) -> None:
     """Notes what is removed, for searches to pass over."""
     there = self.tokens >= 0
+    self.start, self.step = line(self.tokens)
     self._gone = int(np.sum(~there))
     self._there = None
     if self._gone:
@@ -192,15 +198,26 @@ class GraphIndex(FaissIndex):
     return super().nbytes + links
 
 
-def load(arrays) -> FaissIndex | scans.ScanIndex:
+def load(arrays) -> FaissIndex | scans.ScanIndex | splits.SplitIndex:
   """What `dump` wrote."""
+  if 'codes/0' in arrays:
+    return splits.SplitIndex.load(arrays, load)
   if 'codes' in arrays:
     return scans.ScanIndex.load(arrays)
   return (GraphIndex if 'store' in arrays else FaissIndex).load(arrays)
 
 
-def build(numbers, keys, tokens, queries) -> FaissIndex | scans.ScanIndex:
+def build(
+  numbers, keys, tokens, queries
+) -> FaissIndex | scans.ScanIndex | splits.SplitIndex:
   """See `lcx.select.vector_index.build`."""
+  parts = min(numbers.parts, max(1, len(keys) // splits.LEAST))
+  if parts > 1:
+    one = dataclasses.replace(numbers, parts=1)
+    mine = [tokens % parts == i for i in range(parts)]
+    return splits.SplitIndex(
+      [build(one, keys[some], tokens[some], queries) for some in mine]
+    )
   x = np.ascontiguousarray(keys, np.float32)
   n, dim = x.shape
   if numbers.kind == 'flat':

@@ -8,6 +8,7 @@ places, into which each call puts those that it searches.
 
 import functools
 import importlib
+import itertools
 import os
 import threading
 from collections.abc import Sequence
@@ -83,10 +84,19 @@ _put = faiss.IndexPreTransform.index.fset
 _places = functools.lru_cache(maxsize=8)(_Places)
 
 
+@functools.lru_cache(maxsize=64)
+def _shared_out(sizes: tuple[int, ...], jobs: int) -> tuple[int, list[int]]:
+  """Queries of a place, and the places of each index."""
+  at_once = 1
+  while sum(-(-n // at_once) for n in sizes) > jobs:
+    at_once += 1
+  return at_once, [-(-n // at_once) for n in sizes]
+
+
 def search(
   indexes: Sequence[Any], q: Sequence[np.ndarray], k: int, jobs: int
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-  """(scores, numbers) [n k] of each index for its queries, in one native call.
+) -> tuple[np.ndarray, np.ndarray, list[int]]:
+  """What each index finds for its queries, in one native call.
 
   Args:
     indexes: of faiss, with whatever says how they are searched.
@@ -94,23 +104,35 @@ def search(
     k: how many are wanted.
     jobs: threads among which all queries are split; as many as indexes, at
       least.
+
+  Returns:
+    (scores [R k], numbers int64 [R k], where the rows of each index begin and,
+    last, R): its own queries, one index behind the other.
   """
   dim = q[0].shape[1]
   jobs = max(jobs, len(indexes))
-  sizes = [len(x) for x in q]
-  at_once = 1  # queries of a place
-  while sum(-(-n // at_once) for n in sizes) > jobs:
-    at_once += 1
-  flat = np.zeros((jobs * at_once, dim), np.float32)
-  used, first = [], 0
-  for index, some in zip(indexes, q, strict=True):
-    used += [index] * -(-len(some) // at_once)
-    stop = len(used) * at_once
-    flat[first:stop] = some[-1]  # where the last place has fewer
-    flat[first : first + len(some)] = some
-    first = stop
-  score = np.empty((jobs * at_once, k), np.float32)
-  found = np.empty((jobs * at_once, k), np.int64)
+  sizes = tuple(len(x) for x in q)
+  at_once, places = _shared_out(sizes, jobs)
+  first = [0, *itertools.accumulate(sizes)]
+  flat = np.empty((jobs * at_once, dim), np.float32)
+  stop = at_once * sum(places)
+  rows = None  # where the queries are
+  if stop == first[-1]:
+    np.concatenate(q, out=flat[:stop])
+  else:
+    begin = [0, *itertools.accumulate(at_once * n for n in places)]
+    for at, end, some in zip(begin, begin[1:], q, strict=False):
+      flat[at : at + len(some)] = some
+      flat[at + len(some) : end] = some[-1]  # where the last place has fewer
+    rows = np.concatenate(
+      [np.arange(a, a + n) for a, n in zip(begin, sizes, strict=False)]
+    )
+  flat[stop:] = 0.0
+  score = np.empty((len(flat), k), np.float32)
+  found = np.empty((len(flat), k), np.int64)
+  used = list(
+    itertools.chain.from_iterable(map(itertools.repeat, indexes, places))
+  )
   pointer, here = faiss.swig_ptr, _places(jobs, dim)
   with here.lock:
     used += [here.empty] * (jobs - len(used))
@@ -119,9 +141,27 @@ def search(
     here.all.search_c(
       len(flat), pointer(flat), k, pointer(score), pointer(found)
     )
-  scores, numbers, first = [], [], 0
-  for n in sizes:
-    scores.append(score[first : first + n])
-    numbers.append(found[first : first + n])
-    first += -(-n // at_once) * at_once
-  return scores, numbers
+  if rows is None:
+    return score[:stop], found[:stop], first
+  return score[rows], found[rows], first
+
+
+def merged(
+  score: np.ndarray, tokens: np.ndarray, parts: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """The best k of what all parts found, [parts * n k], best first."""
+  n, k = len(score) // parts, score.shape[1]
+  best, which = np.empty((n, k), np.float32), np.empty((n, k), np.int64)
+  pointer = faiss.swig_ptr
+  faiss.merge_knn_results_CMax(
+    n,
+    k,
+    parts,
+    pointer(score),
+    pointer(tokens),
+    pointer(best),
+    pointer(which),
+  )
+  if which[:, -1].min() < 0:
+    best[which < 0] = -np.inf
+  return best, which

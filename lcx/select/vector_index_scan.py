@@ -31,6 +31,7 @@ from typing import Self
 
 import numpy as np
 
+from lcx.select.vector_index import line
 from lcx.select.vector_index_native import faiss, give_room
 
 # Positive levels by bits of an element: Max, "Quantizing for minimum
@@ -61,9 +62,12 @@ class ScanIndex:
     tokens: int64 [ntotal]; what is removed leaves at once.
   """
 
+  parts = ()
+
   def __init__(self, index, store, tokens, mean: np.ndarray, turn: np.ndarray):
     self.index, self.store, self.graphs = index, store, 1
     self.tokens: np.ndarray = tokens
+    self.start, self.step = line(tokens)
     self._mean, self._turn = mean, turn
     self._both, self._factor = faiss.IndexRefine(index, store), 0.0
     give_room(store.codes)
@@ -101,6 +105,7 @@ class ScanIndex:
     self.store.add(x)
     _encode(self.index, x, self._mean, self._turn)
     self.tokens = np.concatenate([self.tokens, tokens])
+    self.start, self.step = line(self.tokens)
     self._both.ntotal = len(self.tokens)
 
   def remove(self, tokens):
@@ -110,6 +115,7 @@ class ScanIndex:
       for each in (self.index, self.store):
         each.remove_ids(numbers)
       self.tokens = self.tokens[~gone]
+      self.start, self.step = line(self.tokens)
       self._both.ntotal = len(self.tokens)
 
   def dump(self):

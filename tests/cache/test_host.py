@@ -228,7 +228,7 @@ def test_tokens_that_join_count_and_a_row_without_room_ends_alone(monkeypatch):
     [np.stack([cache.handles, used, count], 1), at, np.zeros((4, HEADS))], 1
   ).astype(np.int32)
   asked = np.zeros((4, 20, HEADS, DIM + 1), np.float32)
-  found, _ = host_calls.attend(
+  found = host_calls.attend(
     numbers, np.concatenate([new, new], 2), asked, search=rule, host=config
   )
   assert sorted(found[[0, 3], 1]) == [0, Fault.FULL]
@@ -398,22 +398,21 @@ def test_shards_of_rows_and_heads_keep_their_own():
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'float16'])
-def test_one_array_holds_all_that_a_call_takes_and_returns(monkeypatch, dtype):
+def test_one_array_holds_all_that_a_call_takes(monkeypatch, dtype):
   draw = np.random.default_rng(0)
   b, t, n, kv, h = 2, 3, 4, 2, 6
   numbers = draw.integers(-9, 9, (b, 3 + t + kv)).astype(np.int32)
   asked = draw.normal(size=(b, t, n, h + 1)).astype(np.float32)
   asked[0, 0, 0] = -np.inf
   new = draw.normal(size=(b, t, 2 * kv, h)).astype(dtype)
-  rows = np.array([[7, 0], [1 << 30, 18]], np.int32)
-  found = draw.normal(size=(b, 5)).astype(np.float32)
+  found = draw.integers(-9, 9, (b, 5)).astype(np.int32)
 
   def attend(*got, search, host):
     assert (search, host) == ('how', 'cache')
     for x, want in zip(got, (numbers, new, asked), strict=True):
       assert x.dtype == want.dtype
       np.testing.assert_array_equal(x, want)
-    return rows, found
+    return found
 
   monkeypatch.setattr(host_calls, 'attend', attend)
   bits = [host._bits(jnp.asarray(x)) for x in (numbers, asked, new)]
@@ -421,6 +420,4 @@ def test_one_array_holds_all_that_a_call_takes_and_returns(monkeypatch, dtype):
     np.concatenate(bits, 1), shape=(t, n, kv, h), dtype=new.dtype,
     search='how', host='cache',
   )  # fmt: skip
-  np.testing.assert_array_equal(got[:, :2], rows)
-  got = jax.lax.bitcast_convert_type(got[:, 2:], jnp.float32)
-  np.testing.assert_array_equal(got, found)
+  assert got is found

@@ -132,7 +132,7 @@ def test_all_keys_are_dense(one_or_two, top):
 class Marked:
   """An index of two graphs; a query's first element says whose it is."""
 
-  graphs, nbytes = 2, 0
+  graphs, nbytes, parts = 2, 0, ()
 
   def native(self, k, effort, graph):
     return None
@@ -181,7 +181,7 @@ class Stuck:
 
   def __init__(self, row):
     self.row, self.asked = row, []
-    self.nbytes, self.graphs = 0, 1
+    self.nbytes, self.graphs, self.parts = 0, 1, ()
 
   def native(self, k, effort, graph):
     return None

@@ -16,7 +16,7 @@ from lcx.methods.base import Axes, Context, Prompt
 from lcx.methods.retrieval import RetrievalDecode
 from lcx.models import transformer
 from lcx.models.presets import PRESETS
-from lcx.select import vector_index
+from lcx.select import vector_index, vector_index_split
 from lcx.select.vector_index import has_faiss
 
 CONFIG = dataclasses.replace(PRESETS['tiny'], dtype='float32')
@@ -120,17 +120,25 @@ def test_less_than_all_is_seen(small):
 
 
 @pytest.mark.skipif(not has_faiss(), reason="needs faiss: 'lcx[index]'")
-def test_a_scan_of_codes_answers_as_exact_search():
+@pytest.mark.parametrize('parts', [1, 2])
+def test_a_scan_of_codes_answers_as_exact_search(parts, monkeypatch):
   """Tokens that left the device later are found, too; 16-bit keys differ."""
+  monkeypatch.setattr(vector_index_split, 'LEAST', 64)
   want_tokens, want, _ = answer(
     make_engine(host_method(index='exact')), [prompt(1)], 30
   )
-  scan = host_method(index='fastscan', effort=CAPACITY)
+  scan = host_method(
+    index='fastscan',
+    effort=CAPACITY,
+    jobs=2 * CONFIG.n_kv_heads * parts,  # of two rows
+    **{'cache.link': 'buffer' if parts > 1 else 'io'},
+  )
   tokens, scores, session = answer(make_engine(scan), [prompt(1)], 30)
   assert tokens == want_tokens
   chex.assert_trees_all_close(scores, want, rtol=2e-2, atol=2e-2)
   assert session.sums['keys'][0] < 0.7 * session.sums['pairs'][0]
-  assert session.caches[0].rows()[0].indexes
+  indexes = session.caches[0].rows()[0].indexes
+  assert [max(1, len(x.parts)) for x in indexes] == [parts] * CONFIG.n_kv_heads
 
 
 def test_rows_do_not_meet(clusters):

@@ -309,6 +309,12 @@ def test_elements_that_do_not_vary_are_scanned():
   assert index.search(q[:1], C, 9)[1].tolist() == [[0]]
 
 
+def apart(found, asked):
+  """What `together` found, by what was asked."""
+  cuts = np.cumsum([len(q) for _, _, q in asked])
+  return list(zip(*(np.split(x, cuts[:-1]) for x in found), strict=True))
+
+
 @needs_faiss
 @pytest.mark.parametrize('jobs', [1, 4, 9])
 @pytest.mark.parametrize('kind', list(FOUND)[1:])
@@ -319,7 +325,7 @@ def test_several_indexes_are_searched_in_one_call(kind, jobs):
   last = one.graphs - 1
   asked = [(one, last, q[:5]), (other, 0, q[5:6]), (other, last, q[:3])]
   for k, effort in ((C, 50), (5, 8)):
-    got = vi.together(asked, k, effort, jobs)
+    got = apart(vi.together(asked, k, effort, jobs), asked)
     for (index, graph, some), mine in zip(asked, got, strict=True):
       want = index.search(some, k, effort, graph)
       for a, b in zip(mine, want, strict=True):
@@ -328,7 +334,8 @@ def test_several_indexes_are_searched_in_one_call(kind, jobs):
   assert vi.together(asked, N + 1, 50, jobs) is None
   other.remove(np.arange(70 + N - 5, 70 + N + 1))
   if kind == 'fastscan':  # what is removed is not there
-    assert vi.together(asked, C, 50, jobs)[2][1].max() < 70 + N - 5
+    found = apart(vi.together(asked, C, 50, jobs), asked)
+    assert found[2][1].max() < 70 + N - 5
   else:
     assert vi.together(asked, C, 50, jobs) is None
 
@@ -341,8 +348,67 @@ def test_a_native_call_that_fails_raises_and_the_next_one_answers():
   untrained = native.faiss.index_factory(DIM, 'IVF4,Flat')
   with pytest.raises(RuntimeError, match='is_trained'):
     native.search([index.native(C, 0), untrained], [q[:3], q[:2]], C, 4)
-  _, found = native.search([index.native(C, 0)] * 2, [q[:3], q[:2]], C, 4)
-  np.testing.assert_array_equal(found[1] + 7, index.search(q[:2], C, 0)[1])
+  both = [index.native(C, 0)] * 2
+  _, found, first = native.search(both, [q[:3], q[:2]], C, 4)
+  assert first == [0, 3, 5]
+  np.testing.assert_array_equal(found[3:] + 7, index.search(q[:2], C, 0)[1])
+
+
+@needs_faiss
+@pytest.mark.parametrize('parts', [2, 3])
+def test_parts_of_a_heads_keys_find_what_one_index_does(parts, monkeypatch):
+  """At once, by search, after keys joined and left, and loaded again."""
+  from lcx.select import vector_index_split as splits
+
+  monkeypatch.setattr(splits, 'LEAST', 100)
+  x, q = vectors()
+  numbers = vi.Numbers(kind='fastscan', bits=2, parts=parts)
+  one = vi.build(dataclasses.replace(numbers, parts=1), x, 7, Queries(x, q))
+  some = vi.build(numbers, x, 7, Queries(x, q))
+  assert len(some.parts) == parts and one.parts == ()
+  assert vi.build(numbers, x[:199], 7).parts == ()  # too few
+  assert [p.step for p in some.parts] == [parts] * parts and one.step == 1
+
+  def check(jobs):
+    for effort in (len(one.tokens), 3 * C):
+      asked = [(some, 0, q[:5]), (some, 0, q[5:9]), (some, 0, q[:2])]
+      got = apart(vi.together(asked, C, effort, jobs), asked)
+      for (_, _, ask), mine in zip(asked, got, strict=True):
+        by_itself = some.search(ask, C, effort)
+        for a, b in zip(mine, by_itself, strict=True):
+          np.testing.assert_array_equal(a, b)
+        want = one.search(ask, C, effort)
+        if effort >= len(one.tokens):  # all keys are ranked
+          np.testing.assert_allclose(mine[0], want[0], rtol=1e-5)
+          same = np.mean(mine[1] == want[1])
+          assert same == 1 or len(set(want[0].ravel())) < want[0].size
+        else:
+          assert recall(mine[1], want[1], 0) > 0.9
+
+  def alike(work):
+    for index in (one, some):
+      work(index)
+
+  check(8)
+  more, _ = vectors(65, seed=1)
+  alike(lambda i: i.add(more, 7 + N + np.arange(65)))
+  assert [p.step for p in some.parts] == [parts] * parts
+  check(2 * parts)
+  alike(lambda i: i.remove(np.arange(7 + N - 10, 7 + N + 65)))
+  assert all(p.step for p in some.parts)
+  check(40)
+  alike(lambda i: i.remove(np.array([100, 300, 305])))
+  assert not all(p.step for p in some.parts)  # a hole
+  check(8)
+  found = some.search(q, C, 3 * C)
+  some = vi.from_bytes(vi.to_bytes(some, numbers, 'x'), numbers, 'x')
+  for a, b in zip(found, some.search(q, C, 3 * C), strict=True):
+    np.testing.assert_array_equal(a, b)
+  np.testing.assert_array_equal(np.sort(some.tokens), np.sort(one.tokens))
+  asked = [(some, 0, q[:5]), (one, 0, q[:2])]
+  assert vi.together(asked, C, 50, 4) is None  # another number of parts
+  with pytest.raises(ValueError, match='parts=2'):
+    vi.Numbers(kind='flat', parts=2)
 
 
 def make_of(x, q, graphs):
