@@ -8,9 +8,11 @@ they are told; `graph 100 wide` takes more keys where it has too little of the
 softmax, as the method does by itself. Arguments: `length=N`, `samples=N`,
 `top=N` (that number of tokens alone), `index=fastscan` (in the graph's place;
 `bits=2`: of its codes), `exact=flat` (faiss's, of 16-bit keys, in numpy's
-place), `protocol=whole` (that one alone), `cluster` (adds the twin on the
-device), `smoke`. `needle` takes the bundled model at 4K, with an eighth of the
-tokens and tasks it can do: minutes on a CPU. Another model:
+place), `protocol=whole` (that one alone), `method=NAME` (beside dense; several
+with `/` between them; `alone` leaves dense out, for pieces that
+`experiments.quality_tables` joins), `cluster` (adds the twin on the device),
+`smoke`. `needle` takes the bundled model at 4K, with an eighth of the tokens
+and tasks it can do: minutes on a CPU. Another model:
 --config.model=qwen2.5-coder-0.5b-instruct.gguf, with `length=32768`.
 
 Without faiss the cluster index serves in the graph's place, under its name.
@@ -30,13 +32,14 @@ TASKS = {
 def get_config(arg=''):
   arg = common.parse_arg(
     arg, length=0, samples=100, top=0, cluster=False, needle=False,
-    index='graph', bits=4, exact='exact', protocol='',
+    index='graph', bits=4, exact='exact', protocol='', method='', alone=False,
   )  # fmt: skip
   config = common.base('evaluate', 'Retrieval: graph, exact search, dense')
   config.model = '.cache/models/SmolLM2-135M-Instruct.Q4_1.gguf'
   tops = (arg.top,) if arg.top else (100, 2000)
   small = 8 if arg.needle else 1
-  config.methods = common.table({'dense': {}} | rows(tops, small, arg))
+  methods = {'dense': {}} | rows(tops, small, arg)
+  config.methods = common.methods(arg.method, methods, arg.alone)
   config.tasks = common.table(TASKS)
   config.lengths = (arg.length or 8192,)
   config.samples = arg.samples
