@@ -15,8 +15,6 @@ prints of real heads. Rows carry bytes of both tiers and the device's peak.
 or 2 bits an element; their share scanned is of the keys that are ranked by
 exact products. Threads that share a layer's queries: --config.jobs (0: as many
 as cores; heads at least), and others over the same index: --config.more_jobs.
-Where jobs are twice the kv heads, `fastscan` makes two indexes a head (`parts`
-of a row). How a step calls the host: --config.link ('io' or 'buffer').
 Tokens join the indexes by 512: --config.repeats=600 sees a step that waits for
 that (`longest_ms`). A device of less memory: JAX takes no more than a share of
 it where XLA_CLIENT_MEM_FRACTION says so; rows say how many bytes that
@@ -56,7 +54,6 @@ def get_config(arg=''):
   config.repeats = 10
   config.jobs = 0
   config.more_jobs = ()
-  config.link = 'io'
   config.dtype = 'bfloat16'
   config.output = ''
   if arg.smoke:

@@ -70,7 +70,6 @@ class Config:
     repeats: samples of `decode`, a token each.
     jobs: of `decode`: threads that share a layer's queries; 0: the cores.
     more_jobs: others, with which a kind decodes from the same index again.
-    link: of `decode`: by which a step calls the host (`lcx.cache.Host`).
     dtype: of weights, keys and values.
     seed: of what is drawn.
     output: a file that also gets the rows; '': none.
@@ -93,7 +92,6 @@ class Config:
   repeats: int = 10
   jobs: int = 0
   more_jobs: tuple[int, ...] = ()
-  link: Literal['io', 'buffer'] = 'io'
   dtype: Literal['float32', 'bfloat16'] = 'bfloat16'
   seed: int = 0
   output: str = ''

@@ -184,7 +184,7 @@ class _Filled:
     from lcx.cache import CacheShape, Host
 
     model, n = _shape(config), max(1, len(config.layers))
-    host = Host(slack=max(256, config.repeats + 2), link=config.link)
+    host = Host(slack=max(256, config.repeats + 2))
     parts = {}
     for kind in kinds:
       part = _decode_part(config, kind)
@@ -325,9 +325,8 @@ def _measured(config: Config, kind: str, filled: _Filled):
   for jobs in (config.jobs, *config.more_jobs):
     part = dataclasses.replace(part, effort=found['effort'], jobs=jobs)
     timed, caches = _timed(config, part, filled.caches, ready, filled.drawn)
-    told = {'kind': kind, 'jobs': jobs, 'link': config.link}
     filled.rewound(caches)
-    yield 'decode', told | found | timed | size | {
+    yield 'decode', {'kind': kind, 'jobs': jobs} | found | timed | size | {
       k: v for k, v in _memory(()).items() if k == 'peak_bytes'
     }  # fmt: skip
 

@@ -2,10 +2,9 @@
 
 The device part is a paged cache of rings. The host part is a `Row` per row and
 shard, known to the device by an int32 handle. This file is the one place where
-programs call the host (in a step, by `host_link`). The callbacks never raise
-(that would destroy the donated caches): a row that fails has a `Fault` in its
-status, other rows go on. Each takes the handles and returns them, so that data
-order the calls.
+programs call the host. The callbacks never raise (that would destroy the
+donated caches): a row that fails has a `Fault` in its status, other rows go on.
+Each takes the handles and returns them, so that data order the calls.
 
 A cache of this kind must be used linearly, as donated ones are: the host keeps
 the newest version alone, cut to what a call says the row holds. Rows are given
@@ -31,7 +30,7 @@ from jax.experimental import io_callback
 from jaxtyping import Array, Bool, Float, Int32
 
 from kernels_pallas.keys import NEVER, Pages
-from lcx.cache import host_calls, host_link
+from lcx.cache import host_calls
 from lcx.cache.base import CacheShape, check_tier, split
 from lcx.cache.host_calls import STATS
 from lcx.cache.host_row import TOKENS_AHEAD, Near, Row, Search
@@ -52,7 +51,6 @@ class Host:
     page: tokens of a page.
     gigabytes: that all rows of this process may hold, in 2^30 bytes; 0: nine
       tenths of what the machine has free.
-    link: by which a step calls the host: see `lcx.cache.host_link`.
   """
 
   sink: int = 128
@@ -60,7 +58,6 @@ class Host:
   slack: int = 256
   page: int = 64
   gigabytes: float = 0.0
-  link: str = 'io'
 
   shards_sequence = False
 
@@ -68,10 +65,6 @@ class Host:
     _ = self.ring  # it checks the numbers
     if self.gigabytes < 0:
       raise ValueError(f'cache.gigabytes={self.gigabytes} must be at least 0')
-    if self.link not in host_link.KINDS:
-      raise ValueError(
-        f'cache.link={self.link!r} must be one of {host_link.KINDS}'
-      )
 
   @property
   def ring(self) -> Paged:
@@ -274,8 +267,7 @@ class HostCache:
     size = t * n * (h + 2)
     # Each array that goes or comes is a copy of its own, and costs more than
     # its bytes: one goes, one comes, of their bits.
-    found = host_link.call(
-      self.config.link,
+    found = io_callback(
       functools.partial(
         host_calls.attend_bits,
         shape=(t, n, k.shape[2], h),

@@ -131,7 +131,6 @@ def test_a_scan_of_codes_answers_as_exact_search(parts, monkeypatch):
     index='fastscan',
     effort=CAPACITY,
     jobs=2 * CONFIG.n_kv_heads * parts,  # of two rows
-    **{'cache.link': 'buffer' if parts > 1 else 'io'},
   )
   tokens, scores, session = answer(make_engine(scan), [prompt(1)], 30)
   assert tokens == want_tokens
