@@ -12,7 +12,6 @@ import pytest
 
 from configs import common
 from experiments import evaluate, report, resolve, run
-from tests import xla_flags
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 CONFIGS = sorted(
@@ -96,7 +95,7 @@ def test_argument_that_no_config_knows(path):
 
 
 ENVIRONMENT = {
-  'XLA_FLAGS': xla_flags.ONE_PIECE,
+  'XLA_FLAGS': '',
   'PYTHONPATH': str(ROOT),
   # A smoke compiles for longer than it runs.
   'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
