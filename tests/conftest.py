@@ -9,6 +9,8 @@ import pathlib
 import hypothesis
 import pytest
 
+from tests import xla_flags
+
 ROOT = pathlib.Path(__file__).parent.parent
 # Folders whose tests compile for longer than they run: XLA leaves out most
 # optimizations there, which saves a third of their time.
@@ -64,13 +66,7 @@ def pytest_configure(config):
       # Two cores play 8 devices: one that comes late to a collective would
       # abort the process.
       '--xla_cpu_collective_call_terminate_timeout_seconds=600',
-      # The emitters of LLVM IR, not those of MLIR, whose pipeline of passes
-      # for each fusion is half of what compiling costs here (jax 0.11.2).
-      # Smokes go without: one of them takes twice as long by these.
-      '--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters',
-      # Outside COMPILING, whose level is 0: at the default level these emitters
-      # cost tests/quality more than they save.
-      '--xla_backend_optimization_level=1',
+      *xla_flags.FAST_TO_COMPILE,
     )
   )
 

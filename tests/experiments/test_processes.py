@@ -14,6 +14,7 @@ import time
 import pytest
 
 from experiments import evaluate, processes, resolve, run, witness
+from tests import xla_flags
 from tests.experiments import two_devices
 
 pytestmark = [pytest.mark.mesh, pytest.mark.timeout(240)]
@@ -51,7 +52,7 @@ class Group:
             env=os.environ
             | {
               'PYTHONPATH': str(ROOT),
-              'XLA_FLAGS': '',
+              'XLA_FLAGS': ' '.join(xla_flags.FAST_TO_COMPILE),
               'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
             }
             | environment,
