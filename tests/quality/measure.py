@@ -8,12 +8,14 @@ questions of a context that was read before them (one dense prefill serves all
 of them); the others read context and question together.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from experiments.prompts import Template
@@ -195,6 +197,21 @@ class Said:
     return bool((self.logits.argmax(axis=1) == self.answer).all())
 
 
+@contextlib.contextmanager
+def compiled_hastily() -> Iterator[None]:
+  """Compiles without most optimizations.
+
+  For what is called some dozens of times on few tokens: compiling takes longer
+  than the calls. A prefill of thousands of tokens is compiled as it should be.
+  """
+  before = jax.config.values['jax_disable_most_optimizations']
+  jax.config.update('jax_disable_most_optimizations', True)
+  try:
+    yield
+  finally:
+    jax.config.update('jax_disable_most_optimizations', before)
+
+
 class Group:
   """Measures methods on cells, dense beside them.
 
@@ -247,9 +264,10 @@ class Group:
           mark = engine.mark(session)
         else:
           scorer.rewind(session, mark)
-        if self.after:
-          scorer.score(session, [p.question(i) for p in prompts])
-        said = scorer.score(session, [a[i] for a in answers], piece=1)
+        with compiled_hastily():
+          if self.after:
+            scorer.score(session, [p.question(i) for p in prompts])
+          said = scorer.score(session, [a[i] for a in answers], piece=1)
         for row, answer in enumerate(answers):
           yield Said(said[row], answer[i])
 
