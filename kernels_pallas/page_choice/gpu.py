@@ -174,8 +174,8 @@ class Scoring:
 
   By `moments` a page scores as `likely_page_scores` says, of sums over logical
   pages that are full: all are but those of the newest page. Products of 16 bit
-  queries are of 16 bit numbers: means are rounded as keys are, squares so that
-  the deviation of q . k is within 2^-9 of itself.
+  queries are of 16 bit numbers: a mean is two of them, squares are rounded, by
+  which the deviation of q . k is within 2^-9 of itself.
 
   Attributes:
     newest: int32 [B] position of each row's newest token.
@@ -356,8 +356,13 @@ class Scoring:
     wide = self.q.dtype == jnp.float32
     dtype = jnp.float32 if wide else jnp.bfloat16
     spread = self._product(variance, queries * queries, dtype)
-    middle = self._product(mean, queries, self.q.dtype)
-    return middle + 2 * jnp.sqrt(spread)
+    found = 2 * jnp.sqrt(spread) + self._product(mean, queries, self.q.dtype)
+    if wide:
+      return found
+    # All keys of a channel may be far from 0, as those of Qwen2.5 are: what
+    # tells pages apart is then in the bits that 16 leave out.
+    rest = mean - mean.astype(self.q.dtype).astype(jnp.float32)
+    return found + self._product(rest, queries, self.q.dtype)
 
   def _product(self, x, queries, dtype):
     """Of logical pages and queries, in `dtype`."""
