@@ -225,8 +225,8 @@ class Scoring:
     """Tiles that a program scores, one by one."""
     if not self.moments:
       return 1
-    b, rows = self.low.shape[:2]
-    return pl.cdiv(pl.cdiv(self.width, self.pages) * rows * b, SIZES.programs)
+    (b, rows), tiles = self.low.shape[:2], pl.cdiv(self.width, self.pages)
+    return min(tiles, pl.cdiv(tiles * rows * b, SIZES.programs))
 
   @property
   def grid(self) -> tuple[int, int, int]:

@@ -231,19 +231,19 @@ def sums_of_keys(args, offset=0.0):
   return (q, total(keys), total(keys**2), starts, newest, valid), keys
 
 
-def scores_by_sums(args, how, **run):
+def scores_by_sums(args, how, page=8, logical=4, **run):
   """The kernel's scores and those of XLA, of forced and unused pages inf."""
   q, total, square, starts, newest, valid = args
-  rules = {'n': 1, 'page': 8, 'group': how}
+  rules = {'n': 1, 'page': page, 'group': how}
   call = gpu.Call(valid, None, None)
   work = gpu.Scoring.of(q, total, starts, newest, call, moments=True, **rules)
   got, _ = gpu.page_scores(q, total, square, work, **run)
-  mean, deviation = Moments(total, square).mean_std(newest + 1, 4)
+  mean, deviation = Moments(total, square).mean_std(newest + 1, logical)
   shape = {'width': starts.shape[2], 'kv_heads': starts.shape[1]}
   want = page_choice.kv_page_scores(
     q, mean, deviation, valid, group=how, moments=True, **shape
   )
-  seen = {'sink': 4, 'recent': 20, 'page': 8}
+  seen = {'sink': 4, 'recent': 20, 'page': page}
   return (
     np.asarray(page_choice.forced_scores(x, starts, newest, **seen))
     for x in (got, want)
@@ -279,6 +279,36 @@ def test_scores_by_sums_are_those_of_moments(dtype, how, programs, monkeypatch):
 def test_they_are_on_a_gpu(dtype, how, monkeypatch):
   monkeypatch.setattr(gpu, 'SIZES', gpu.Sizes(tile_bytes=4096, programs=16))
   check_sums(dtype, how)
+
+
+def check_long_sums(pages, t, logical, **run):
+  """Of Llama 3 8B's heads with bounds, the last page of which has one token."""
+  draw = jax.random.split(jax.random.key(t + logical))
+  shape = 1, 4, pages * 64 // logical, logical, 128
+  keys = 1 + jax.random.normal(draw[0], shape, jnp.bfloat16)
+  keys = keys.astype(jnp.float32)
+  q = jax.random.normal(draw[1], (1, t, 16, 128), jnp.bfloat16)
+  starts = jnp.arange(pages, dtype=jnp.int32) * 64
+  args = (
+    q,
+    jnp.sum(keys, axis=3),
+    jnp.sum(keys**2, axis=3),
+    jnp.broadcast_to(starts, (1, 4, pages)),
+    starts[-1:],
+    jnp.ones((1, t), bool),
+  )
+  got, want = scores_by_sums(args, 'max', 64, logical, **run)
+  np.testing.assert_array_equal(np.isinf(got), np.isinf(want))
+  some = np.isfinite(want)
+  assert some.sum() > 3 * pages
+  np.testing.assert_allclose(got[some], want[some], atol=0.1, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('logical', (4, 16))
+@pytest.mark.parametrize('t', (1, 16))
+def test_they_are_at_128k_on_a_gpu(t, logical):
+  check_long_sums(2056, t, logical)
 
 
 @pytest.mark.parametrize(
