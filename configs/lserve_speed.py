@@ -6,8 +6,10 @@ Arguments: `length=N` (one length), `op=step|layer|prefill` (one op), `bits=8`
 or `4` (of the cache, on both sides), `weights=w8a8|w4a16|fp8` (on both sides),
 `method=lserve` (without each kind of sparsity alone), `reuse` (lserve's layer
 with a selection every 4, 2 and 64 steps), `looseness=X` (a share of bounds that
-lserve takes off, 0 to 1), `smoke`. Half of the kv heads stream
-by a fixed rule: which ones does not matter to time.
+lserve takes off, 0 to 1), `scorer=moments`, `logical=N` (tokens of a logical
+page), `smoke`. Rows name what is not the default: `lserve moments/4`, `lserve
+looseness=70%`. Half of the kv heads stream by a fixed rule: which ones does not
+matter to time.
 
 A step of a layer takes A + S / C, where a selection S serves C steps (these
 three list as many pages): S = (t4 - t64) / (1/4 - 1/64), and of the rest, which
@@ -30,6 +32,8 @@ def get_config(arg=''):
     method='',
     reuse=False,
     looseness=0.0,
+    scorer='bounds',
+    logical=16,
   )
   config = common.base('measure_methods', 'LServe: speed on Llama 3 8B')
   config.preset = 'llama3_8b'
@@ -43,6 +47,13 @@ def get_config(arg=''):
   # What the policy file has of crossovers comes from these rows.
   always = {'decode': {'crossover': 0, 'looseness': arg.looseness}}
   lserve = {'method': 'lserve', 'bits': arg.bits, **always}
+  other = ''
+  if (arg.scorer, arg.logical) != ('bounds', 16):
+    lserve |= {'scorer': arg.scorer, 'stats': arg.scorer}
+    lserve |= {'logical_page': arg.logical}
+    other = f' {arg.scorer}/{arg.logical}'
+  if arg.looseness:
+    other += f' looseness={arg.looseness:.0%}'  # names take no dots
   config.methods = common.table(
     {
       'dense': dense,
@@ -93,6 +104,13 @@ def get_config(arg=''):
     keep = {name: config.methods[name] for name in ('dense', sparse)}
     config.methods = common.table(keep)
     config.methods[sparse].decode.budget = 320
+  if other:
+    config.methods = common.table(
+      {
+        k if k == 'dense' else k + other: v.to_dict()
+        for k, v in config.methods.items()
+      }
+    )
   if arg.bits < 16:
     config.methods = common.table(
       {f'{k}, int{arg.bits}': v.to_dict() for k, v in config.methods.items()}

@@ -163,10 +163,10 @@ def append_token(
     ring: which heads are ring heads; None: none.
     order: free pages in order, from `cursors.taken` on; None: contiguous.
     beside: whose queries are copied to an array of their own; None: nobody's.
-    scoring: of the queries of `beside` by `stats`, which are bounds; None:
-      nothing is scored. Its `Always` must have the newest page seen, as one
-      of the recent ones: its bounds are read as they are before the append or
-      after it, or half way.
+    scoring: of the queries of `beside` by `stats`; None: nothing is scored.
+      Its `Always` must have the newest page seen, as one of the recent ones:
+      its statistics are read as they are before the append or after it, or
+      half way.
     interpret: runs on the CPU, for tests.
 
   Returns:
@@ -174,10 +174,13 @@ def append_token(
     `scoring` found.
 
   Raises:
-    ValueError: `scoring` without queries or without bounds.
+    ValueError: `scoring` without queries or without the statistics it is of.
   """
-  if scoring is not None and (beside is None or not stats):
-    raise ValueError('scoring takes queries beside the token, and bounds')
+  if scoring is not None and beside is None:
+    raise ValueError('scoring takes queries beside the token')
+  kind = 'moments' if scoring is not None and scoring.moments else 'bounds'
+  if scoring is not None and rules.statistics != kind:
+    raise ValueError(f'{rules.statistics=} must be {kind!r}, which are scored')
   batch = keys.array.shape[0]
   lanes = pl.next_power_of_2(batch * heads)
   moved = [list(pool), cursors, list(stats)]

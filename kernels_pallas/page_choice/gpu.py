@@ -10,7 +10,8 @@ what is held stays where it is, as the output is its memory.
            then compaction; bound by the latency of counting
 
 `reuse.py` has a second kernel for choices that serve several steps. The scores
-may be found by the launch that appends the token of the query (`Scoring`).
+may be found by the launch that appends the token of the query (`Scoring`), and
+of sums of keys and of their squares instead of bounds (`moments`).
 
 Triton, not Mosaic GPU: its arrays have scans, and stores at masked places.
 """
@@ -40,11 +41,15 @@ class Sizes:
       4 warps hold 32 registers a thread of each.
     warps: of a program that chooses.
     lanes: pages that stand side by side there; each has W / lanes in a row.
+    programs: that score by sums, about. Of small logical pages they would be
+      thousands, which cost time in steps without a choice, too: each looks
+      whether one is due. Bounds of 16 keys take 516 at 128K.
   """
 
   tile_bytes: int = 16 * 1024
   warps: int = 8
   lanes: int = 1024
+  programs: int = 512
 
 
 SIZES = Sizes()
@@ -167,6 +172,11 @@ class Scoring:
   Rows whose pages all fit into n get any numbers. Nothing is written for rows
   that do not choose, nor for rows of the bounds without head.
 
+  By `moments` a page scores as `likely_page_scores` says, of sums over logical
+  pages that are full: all are but those of the newest page. Products of 16 bit
+  queries are of 16 bit numbers: a mean is two of them, squares are rounded, by
+  which the deviation of q . k is within 2^-9 of itself.
+
   Attributes:
     newest: int32 [B] position of each row's newest token.
     call: whether and for whom.
@@ -178,6 +188,7 @@ class Scoring:
     page: tokens of a page.
     group: 'max' or 'sum' over the query heads of a kv head.
     loose: float32 [B h H] as in `choose_pages`, or None.
+    moments: low and high are no bounds but sums, of keys and of their squares.
   """
 
   newest: Int32[Array, 'B']
@@ -190,6 +201,7 @@ class Scoring:
   page: int
   group: str
   loose: Float[Array, 'B h H'] | None = None
+  moments: bool = False
 
   @classmethod
   def of(cls, q, low, starts, newest, call: Call, **rules) -> 'Scoring':
@@ -205,14 +217,22 @@ class Scoring:
 
   @property
   def pages(self) -> int:
-    """Pages that a program scores."""
+    """Pages of a tile, which a program scores at once."""
     return _tile_rows(self.q, self.low) // self.per_page
+
+  @property
+  def tiles(self) -> int:
+    """Tiles that a program scores, one by one."""
+    if not self.moments:
+      return 1
+    (b, rows), tiles = self.low.shape[:2], pl.cdiv(self.width, self.pages)
+    return min(tiles, pl.cdiv(tiles * rows * b, SIZES.programs))
 
   @property
   def grid(self) -> tuple[int, int, int]:
     """Programs: pages, rows of the bounds, rows of the batch."""
-    tiles = pl.cdiv(self.width, self.pages)
-    return tiles, self.low.shape[1], self.low.shape[0]
+    programs = pl.cdiv(self.width, self.pages * self.tiles)
+    return programs, self.low.shape[1], self.low.shape[0]
 
   def operands(self) -> list:
     """What `run` reads beside queries and bounds."""
@@ -238,7 +258,7 @@ class Scoring:
     Args:
       at: its place in `grid`.
       scored: refs of [B*T heads H], of which the queries are the first heads,
-        of the least and of the largest keys.
+        of the least and of the largest keys (or of the sums).
       operands: refs of `operands`.
       outputs: refs of `outputs`.
     """
@@ -246,17 +266,16 @@ class Scoring:
     loose_ref = None if self.loose is None else refs.pop(0)
     scores_ref, *due_refs = outputs
     own = self.call.read(refs)
-    tile_at, row, b_at = at
-    first, head = tile_at * self.pages, own.head_of(row)
-    last = newest_ref[b_at]
+    program, row, b_at = at
+    head, last = own.head_of(row), newest_ref[b_at]
     for ref in due_refs:
 
-      @pl.when((tile_at == 0) & (row == 0) & (b_at == 0))
+      @pl.when((program == 0) & (row == 0) & (b_at == 0))
       def _(ref=ref):
         ref[0] = own.is_due().astype(jnp.int32)
 
-    @pl.when(own.chooses(b_at) & (head >= 0))
-    def _():
+    def score(tile):
+      first = tile * self.pages
       slot = first + _iota((self.pages,), 0)
       # A page in slot w starts at w * page or later.
       idle = (last < self.n * self.page) | (first * self.page > last)
@@ -273,17 +292,22 @@ class Scoring:
         mask=slot < self.width,
       )
 
+    @pl.when(own.chooses(b_at) & (head >= 0))
+    def _():
+      if self.tiles == 1:
+        score(program)
+      else:
+        pl.loop(0, self.tiles)(lambda i: score(program * self.tiles + i))
+
   def _best(self, scored, loose_ref, valid, first, row, b_at, head):
     """Scores of the pages from `first` on."""
-    q_ref, low_ref, high_ref = scored
+    q_ref, *parts = scored
     _, t, n_heads, h = self.q.shape
     per_head, per_page = n_heads // self.kv_heads, self.per_page
     tile = self.pages * per_page
     # Query t, g of the kv head stands in column t * lead + g.
     lead = _padded(per_head)
     columns = max(FEWEST_QUERIES, _padded(t) * lead)
-    dtype = jnp.promote_types(self.q.dtype, self.low.dtype)
-    exact = lax.Precision.HIGHEST if self.q.dtype == jnp.float32 else None
     column = _iota((h, columns), 1)
     at, mate = column // lead, column % lead
     queries = plgpu.load(
@@ -294,19 +318,13 @@ class Scoring:
     place = first * per_page + _iota((tile, h), 0)
     window = (b_at, row, pl.ds(first * per_page, tile), slice(None))
 
-    def product(ref, some):
-      bounds = plgpu.load(
+    def load(ref):
+      return plgpu.load(
         ref.at[window], mask=place < self.low.shape[2], other=0.0
       )
-      return jnp.dot(
-        bounds.astype(dtype),
-        some.astype(dtype),
-        precision=exact,
-        preferred_element_type=jnp.float32,
-      )
 
-    found = product(high_ref, jnp.maximum(queries, 0.0))
-    found += product(low_ref, jnp.minimum(queries, 0.0))  # [tile columns]
+    by = self._likely if self.moments else self._bound
+    found = by(load, queries, *parts)  # [tile columns]
     if loose_ref is not None:
       loose = plgpu.load(loose_ref.at[b_at, row, _iota((h, columns), 0)])
       found -= jnp.sum(jnp.abs(queries) * loose, axis=0)[None]
@@ -320,6 +338,41 @@ class Scoring:
     counts &= token < t
     found = jnp.where(counts[None], found, -jnp.inf).max(axis=1)
     return found.reshape(self.pages, per_page).max(axis=1)
+
+  def _bound(self, load, queries, low_ref, high_ref):
+    """What no q . k of a logical page exceeds."""
+    dtype = jnp.promote_types(self.q.dtype, self.low.dtype)
+    found = self._product(load(high_ref), jnp.maximum(queries, 0.0), dtype)
+    return found + self._product(
+      load(low_ref), jnp.minimum(queries, 0.0), dtype
+    )
+
+  def _likely(self, load, queries, total_ref, square_ref):
+    """What the best q . k of a full logical page is likely to be."""
+    part = self.per_page / self.page
+    mean, square = (load(x) * part for x in (total_ref, square_ref))
+    variance = jnp.maximum(square - mean * mean, 0.0)
+    # A query's square may be too large for float16.
+    wide = self.q.dtype == jnp.float32
+    dtype = jnp.float32 if wide else jnp.bfloat16
+    spread = self._product(variance, queries * queries, dtype)
+    found = 2 * jnp.sqrt(spread) + self._product(mean, queries, self.q.dtype)
+    if wide:
+      return found
+    # All keys of a channel may be far from 0, as those of Qwen2.5 are: what
+    # tells pages apart is then in the bits that 16 leave out.
+    rest = mean - mean.astype(self.q.dtype).astype(jnp.float32)
+    return found + self._product(rest, queries, self.q.dtype)
+
+  def _product(self, x, queries, dtype):
+    """Of logical pages and queries, in `dtype`."""
+    exact = self.q.dtype == jnp.float32
+    return jnp.dot(
+      x.astype(dtype),
+      queries.astype(dtype),
+      precision=lax.Precision.HIGHEST if exact else None,
+      preferred_element_type=jnp.float32,
+    )
 
 
 class Always(NamedTuple):

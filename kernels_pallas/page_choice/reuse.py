@@ -67,6 +67,7 @@ class Rules:
     page: tokens of a page.
     group: 'max' or 'sum' over the query heads of a kv head.
     first_slots: of the list of a kv head without bounds.
+    moments: low and high are sums of keys and of their squares, not bounds.
   """
 
   reuse: int
@@ -75,6 +76,7 @@ class Rules:
   page: int
   group: str
   first_slots: int = 0
+  moments: bool = False
 
   @property
   def new_pages(self) -> int:
@@ -119,9 +121,18 @@ def scoring(
   """
   since = gpu.Served(held.newest, held.age, newest, count, rules.reuse)
   call = gpu.Call(valid, unscored, since)
-  n = held.slots.shape[2]
-  numbers = {'n': n, 'page': rules.page, 'group': rules.group}
-  return gpu.Scoring.of(q, low, starts, newest, call, loose=loose, **numbers)
+  return gpu.Scoring.of(
+    q,
+    low,
+    starts,
+    newest,
+    call,
+    n=held.slots.shape[2],
+    page=rules.page,
+    group=rules.group,
+    loose=loose,
+    moments=rules.moments,
+  )
 
 
 def list_pages(

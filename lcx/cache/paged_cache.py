@@ -245,7 +245,7 @@ class PagedCache:
 
     On a GPU what makes queries, keys and values is then a single launch before
     that of the append, not three, and keys and values are quantised together.
-    `scoring`, by this cache's bounds, is done by the launch of the append.
+    `scoring`, by this cache's statistics, is done by the append's launch.
     """
     bits = self.config.bits
     keys, values = joint.heads()

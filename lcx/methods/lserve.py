@@ -256,7 +256,8 @@ class LServeDecode(Decode):
       token does. 1: decoded tokens alone; 16: every piece.
     scorer: 'bounds' (Quest's, of the least and largest key of each channel) or
       'moments' (what the best key is likely to reach, by mean and deviation: no
-      bound, and in plain XLA).
+      bound). On one GPU both are scored by the launch of the append; sums of
+      moments are float32, twice the bytes of 16 bit bounds.
     group: 'max' or 'sum' of the scores of a kv head's query heads.
     looseness: share of a bound's mean half width (|q| times that of the
       prompt's logical pages) that is taken off all scores of a query head, 0
@@ -365,17 +366,15 @@ class LServeDecode(Decode):
     sees_all = shards.sees_all(self.crossover, 'step', measured, q, cache, ctx)
     long = q.shape[1] > self.selected_piece
     sees_all |= long
-    bounds, scoring = self.scorer == 'bounds', None
+    rules, scoring = self._rules(cache), None
     # Rotated or not, the token in the cache or not: shapes are the same.
-    if bounds and not sees_all and reused_pages.serves(q, cache, ctx):
+    if not sees_all and reused_pages.serves(q, cache, ctx, rules):
       ring = cache.ring if is_ring(cache) else None
-      scoring = reused_pages.scoring(
-        state, q, cache, ctx, self._rules(cache), ring
-      )
+      scoring = reused_pages.scoring(state, q, cache, ctx, rules, ring)
     q, cache, scored = shards.append_scored(q, k, v, rope, cache, ctx, scoring)
     if scoring is not None:
       state, ids, starts = reused_pages.listed(
-        state, q, cache, ctx, self._rules(cache), scoring, scored
+        state, q, cache, ctx, rules, scoring, scored
       )
     elif sees_all:
       ids, starts = cache.page_ids(), cache.page_starts()
@@ -417,6 +416,7 @@ class LServeDecode(Decode):
       page=cache.page,
       group=self.group,
       first_slots=cache.config.ring_width if is_ring(cache) else 0,
+      moments=self.scorer == 'moments',
     )
 
   def _choose(self, q, cache, newest, state: Choice, due, ctx: Context):

@@ -144,11 +144,13 @@ def shared_looseness(
   return jax.lax.psum(loose * part[:, None, None], axis)
 
 
-def serves(q: Float[Array, 'B T N H'], cache, ctx: Context) -> bool:
-  """Whether `listed` can take a step: on one GPU, with bounds of keys."""
+def serves(
+  q: Float[Array, 'B T N H'], cache, ctx: Context, rules: in_place.Rules
+) -> bool:
+  """Whether `listed` can take a step: on one GPU, by statistics of keys."""
   axes = ctx.axes
   one = jax.lax.axis_size(axes.seq) * jax.lax.axis_size(axes.data) == 1
-  low, _ = cache.bounds()
+  low, _ = _statistics(cache, rules)
   return one and in_place.serves(q, low, cache.page_starts())
 
 
@@ -175,7 +177,7 @@ def scoring(
   one = ctx.positions.shape[1] == 1
   return in_place.scoring(
     q,
-    cache.bounds()[0],
+    _statistics(cache, rules)[0],
     cache.page_starts(),
     ctx.positions[:, 0] if one else ctx.lengths - 1,
     ctx.valid,
@@ -211,7 +213,7 @@ def listed(
     scored: what it found in another launch; None: it gets its own.
   """
   ids = cache.table if isinstance(cache, PagedCache) else cache.page_ids()
-  low, high = cache.bounds()
+  low, high = _statistics(cache, rules)
   ids, starts, held = in_place.list_pages(
     q,
     low,
@@ -224,6 +226,13 @@ def listed(
     scored=scored,
   )
   return Choice(*held, choice.loose), ids, starts
+
+
+def _statistics(cache, rules: in_place.Rules):
+  """Bounds, or the sums that moments are of: the launch divides."""
+  if rules.moments:
+    return cache.stats.total, cache.stats.square
+  return cache.bounds()
 
 
 def _held(choice: Choice) -> in_place.Held:

@@ -57,7 +57,7 @@ def top_pages(
     held: the earlier choice, or None.
     due: whether to choose now, alike on all shards of a row.
     moments: low and high are mean and deviation, of which scores are likely
-      and no bounds; no kernel has them.
+      and no bounds; in plain XLA (`lcx.select.reused_pages` has a launch).
 
   Returns:
     Ascending, -1 at the end where fewer pages exist; n = min(pages, W).

@@ -217,6 +217,18 @@ def test_bad_arguments(arg):
     ('lserve_speed', 'reuse', 'methods', 'dense,reuse=4,reuse=2,reuse=64'),
     ('lserve_speed', 'bits=8,method=lserve', 'methods', 'dense@8,lserve@8'),
     ('lserve_speed', 'smoke,bits=4,reuse', 'methods', 'dense@4,reuse=4@4'),
+    (
+      'lserve_speed',
+      'bits=8,method=lserve,scorer=moments,logical=4',
+      'methods',
+      'dense@8,lserve moments/4@8',
+    ),
+    (
+      'lserve_speed',
+      'smoke,looseness=0.7',
+      'methods',
+      'dense,lserve looseness=70%',
+    ),
     ('lserve_budget', 'task=vt/cwe,vary=scorer', 'tasks', 'vt,cwe'),
     (
       'lserve_budget',

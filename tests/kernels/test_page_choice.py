@@ -11,6 +11,7 @@ from jax.experimental import topologies
 from experiments import gpu_schedule
 from kernels_pallas import page_choice
 from kernels_pallas.page_choice import gpu, reference, xla
+from lcx.cache.stats import Moments
 
 NEVER = 2**30
 IMPLEMENTATIONS = {
@@ -196,6 +197,149 @@ def test_scores_of_the_kernel_and_of_xla_agree(dtype, how, loose):
   np.testing.assert_allclose(got[some], want[some], rtol=1e-4, atol=1e-3)
 
 
+# Rows whose newest logical page is full, has one token, or three.
+SUMS = {
+  'lengths': (290, 7, 289, 61),
+  'group': 3,
+  'per_page': 2,
+  'unscored': None,
+  'n': 1,
+}
+
+
+def sums_of_keys(args, offset=0.0):
+  """`case`'s arguments with sums of keys for bounds: (arguments, keys).
+
+  A logical page has four keys. Those of pages that no token entered are NaN;
+  the newest one's are as many as it holds.
+  """
+  q, low, _, starts, newest, valid = args
+  rng = np.random.default_rng(1)
+  b, rows, pages, h = low.shape
+  keys = np.float32(rng.normal(size=(b, rows, pages, 4, h)))
+  # Pages differ as those of a text do, and channels lie off the middle.
+  keys = keys + rng.normal(size=(b, rows, pages, 1, h)) + offset
+  keys = np.asarray(jnp.asarray(keys, q.dtype), np.float64)
+  there = np.arange(pages * 4) <= np.asarray(newest)[:, None]
+  there = there.reshape(b, 1, pages, 4, 1)
+  nobody = ~there.any(axis=3)
+
+  def total(x):
+    x = np.where(nobody, np.nan, np.where(there, x, 0).sum(axis=3))
+    return jnp.asarray(x, jnp.float32)
+
+  return (q, total(keys), total(keys**2), starts, newest, valid), keys
+
+
+def scores_by_sums(args, how, page=8, logical=4, **run):
+  """The kernel's scores and those of XLA, of forced and unused pages inf."""
+  q, total, square, starts, newest, valid = args
+  rules = {'n': 1, 'page': page, 'group': how}
+  call = gpu.Call(valid, None, None)
+  work = gpu.Scoring.of(q, total, starts, newest, call, moments=True, **rules)
+  got, _ = gpu.page_scores(q, total, square, work, **run)
+  mean, deviation = Moments(total, square).mean_std(newest + 1, logical)
+  shape = {'width': starts.shape[2], 'kv_heads': starts.shape[1]}
+  want = page_choice.kv_page_scores(
+    q, mean, deviation, valid, group=how, moments=True, **shape
+  )
+  seen = {'sink': 4, 'recent': 20, 'page': page}
+  return (
+    np.asarray(page_choice.forced_scores(x, starts, newest, **seen))
+    for x in (got, want)
+  )
+
+
+def check_sums(dtype, how, **run):
+  args, _ = sums_of_keys(case(**SUMS, dtype=dtype)[0])
+  got, want = scores_by_sums(args, how, **run)
+  answers = np.asarray(args[-1][:, 0])
+  got, want = got[answers], want[answers]
+  np.testing.assert_array_equal(np.isinf(got), np.isinf(want))
+  some = np.isfinite(want)
+  assert some.sum() > 100
+  # Scores are about 30, a sum of three 90; squares are rounded to 16 bits.
+  error = np.abs(got[some] - want[some]).max()
+  assert error < (1e-3 if dtype == jnp.float32 else 0.1), error
+
+
+@pytest.mark.parametrize('programs', (512, 16))
+@pytest.mark.parametrize('dtype', (jnp.bfloat16, jnp.float16, jnp.float32))
+@pytest.mark.parametrize('how', page_choice.GROUPS)
+def test_scores_by_sums_are_those_of_moments(dtype, how, programs, monkeypatch):
+  """Also where a program scores more than one tile, the last beyond the end."""
+  sizes = gpu.Sizes(tile_bytes=4096, programs=programs)
+  monkeypatch.setattr(gpu, 'SIZES', sizes)
+  check_sums(dtype, how, interpret=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('dtype', (jnp.bfloat16, jnp.float16, jnp.float32))
+@pytest.mark.parametrize('how', page_choice.GROUPS)
+def test_they_are_on_a_gpu(dtype, how, monkeypatch):
+  monkeypatch.setattr(gpu, 'SIZES', gpu.Sizes(tile_bytes=4096, programs=16))
+  check_sums(dtype, how)
+
+
+def check_long_sums(pages, t, logical, **run):
+  """Of Llama 3 8B's heads with bounds, the last page of which has one token."""
+  draw = jax.random.split(jax.random.key(t + logical))
+  shape = 1, 4, pages * 64 // logical, logical, 128
+  keys = 1 + jax.random.normal(draw[0], shape, jnp.bfloat16)
+  keys = keys.astype(jnp.float32)
+  q = jax.random.normal(draw[1], (1, t, 16, 128), jnp.bfloat16)
+  starts = jnp.arange(pages, dtype=jnp.int32) * 64
+  args = (
+    q,
+    jnp.sum(keys, axis=3),
+    jnp.sum(keys**2, axis=3),
+    jnp.broadcast_to(starts, (1, 4, pages)),
+    starts[-1:],
+    jnp.ones((1, t), bool),
+  )
+  got, want = scores_by_sums(args, 'max', 64, logical, **run)
+  np.testing.assert_array_equal(np.isinf(got), np.isinf(want))
+  some = np.isfinite(want)
+  assert some.sum() > 3 * pages
+  np.testing.assert_allclose(got[some], want[some], atol=0.1, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('logical', (4, 16))
+@pytest.mark.parametrize('t', (1, 16))
+def test_they_are_at_128k_on_a_gpu(t, logical):
+  check_long_sums(2056, t, logical)
+
+
+@pytest.mark.parametrize(
+  'dtype, offset, most',
+  (
+    # Scores are 30 +- 5, and with the offset 160 +- 81.
+    (jnp.bfloat16, 0, 0.03),
+    (jnp.bfloat16, 20, 0.03),
+    (jnp.float32, 0, 1e-4),
+    (jnp.float32, 20, 1e-3),
+  ),
+)
+def test_scores_by_sums_are_near_float64(dtype, offset, most):
+  """Also of keys that lie off the middle by 20 of their deviations."""
+  args, keys = sums_of_keys(case(**SUMS, dtype=dtype)[0], offset)
+  got, _ = scores_by_sums(args, 'max', interpret=True)
+  q, valid = np.asarray(args[0], np.float64), np.asarray(args[-1])
+  b, t, _, h = q.shape
+  q = q.reshape(b, t, 2, 3, 1, h)
+  mean, deviation = keys.mean(axis=3), keys.std(axis=3)
+  middle = (q * mean[:, None, :, None]).sum(axis=-1)
+  spread = np.square(q * deviation[:, None, :, None]).sum(axis=-1)
+  want = (middle + 2 * np.sqrt(spread)).reshape(b, t, 2, 3, 37, 2)
+  want = np.where(valid[:, :, None, None, None, None], want, -np.inf)
+  want = want.max(axis=(1, 3, 5))
+  some = np.isfinite(got) & valid[:, :1, None]
+  assert some.sum() > 100
+  error = np.abs(got[some] - want[some]).max()
+  assert error < most
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize('draw', ('ties', 'normal'))
 @pytest.mark.parametrize('width, t', ((2056, 1), (2056, 16), (16392, 1)))
@@ -374,6 +518,30 @@ def test_it_lowers_through_triton(size):
   choose, specs = on_an_h100(*size)
   lowered = lower(choose, [jax.ShapeDtypeStruct(*spec) for spec in specs])
   assert lowered.as_text().count('__gpu$xla.gpu.triton') == 2
+
+
+@pytest.mark.h100_aot
+@pytest.mark.parametrize('dtype', (jnp.bfloat16, jnp.float32))
+@pytest.mark.parametrize('logical', (4, 16))
+def test_scores_by_sums_lower_through_triton(logical, dtype):
+  """Of Llama 3 8B at 128K, half of whose heads stream."""
+  pages = 2056
+  starts = jax.ShapeDtypeStruct((1, 8, pages), jnp.int32)
+  q = jax.ShapeDtypeStruct((1, 1, 32, 128), dtype)
+  total = jax.ShapeDtypeStruct((1, 4, pages * 64 // logical, 128), jnp.float32)
+
+  def score(q, total, square, newest, valid, unscored):
+    call = gpu.Call(valid, unscored, None)
+    work = gpu.Scoring.of(
+      q, total, starts, newest, call, n=65, page=64, group='max', moments=True
+    )
+    assert 256 < np.prod(work.grid) <= 516
+    return gpu.page_scores(q, total, square, work)[0]
+
+  rest = (((1,), jnp.int32), ((1, 1), jnp.bool_), ((8,), jnp.bool_))
+  rest = [jax.ShapeDtypeStruct(*spec) for spec in rest]
+  lowered = lower(score, [q, total, total, *rest])
+  assert lowered.as_text().count('__gpu$xla.gpu.triton') == 1
 
 
 @pytest.mark.h100_aot

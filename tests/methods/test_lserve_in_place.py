@@ -55,6 +55,10 @@ CASES = {
     TwoWayPaged(**PAGED, ring_heads=RINGS),
     dataclasses.replace(DECODE, budget=32, looseness=0.7),
   ),
+  'moments': (
+    TwoWayPaged(**PAGED, ring_heads=RINGS, stats='moments'),
+    dataclasses.replace(DECODE, budget=32, scorer='moments'),
+  ),
 }
 MESH = sharding.make_mesh()
 
@@ -81,7 +85,8 @@ def steps(config, decode, in_place, most=2):
         key=jax.random.key(0),
         trace=True,
       )
-      assert reused_pages.serves(q, cache, ctx) == in_place
+      rules = decode._rules(cache)
+      assert reused_pages.serves(q, cache, ctx, rules) == in_place
       out, cache, state, trace = decode.attend(
         q, k, v, rotate, cache, state, ctx
       )
@@ -139,6 +144,7 @@ def _array_operations(config, decode, most):
   [
     'one token',
     'looseness',
+    'moments',
     pytest.param('rings', marks=pytest.mark.long),
     pytest.param('short lists', marks=pytest.mark.long),
     pytest.param('dense', marks=pytest.mark.long),
@@ -168,15 +174,19 @@ TOGETHER = {
     CASES['dense'][0],
     dataclasses.replace(DECODE, budget=24, group='sum'),
   ),
+  'moments': (
+    TwoWayPaged(**PAGED, ring_heads=RINGS, stats='moments'),
+    dataclasses.replace(DECODE, budget=32, scorer='moments'),
+  ),
 }
 
-# Three programs a row of the bounds.
-SMALL_TILES = gpu.Sizes(tile_bytes=2048)
+# Three programs a row of the bounds; by sums two, of two tiles.
+SMALL_TILES = gpu.Sizes(tile_bytes=2048, programs=8)
 
 
 def poisoned(cache):
-  """With NaN in the bounds that no token has entered."""
-  pages = cache.stats.kmin.shape[2]
+  """With NaN in the statistics that no token has entered."""
+  pages = jax.tree.leaves(cache.stats)[0].shape[2]
   first = jnp.arange(pages) * (CAPACITY // pages)
   unused = first >= cache.used[:, None]
   stats = jax.tree.map(
@@ -200,8 +210,8 @@ def single_steps(config, decode, together):
         layer=jnp.int32(0),
         key=jax.random.key(0),
       )
-      assert reused_pages.serves(q, cache, ctx)
       rules = decode._rules(cache)
+      assert reused_pages.serves(q, cache, ctx, rules)
       ring = cache.ring if is_ring(cache) else None
       work = reused_pages.scoring(choice, q, cache, ctx, rules, ring)
       q, cache, scored = shards.append_scored(
@@ -275,20 +285,45 @@ def test_it_does_on_a_gpu(name, monkeypatch):
   check_together(name)
 
 
+def test_an_append_scores_by_the_statistics_that_it_moves():
+  shape = CacheShape(BATCH, K, H, CAPACITY, 'bfloat16')
+  cache = TwoWayPaged(**PAGED).init(shape)
+  array = jnp.zeros((BATCH, K * G + 2 * K, H), jnp.bfloat16)
+  at = jnp.zeros((BATCH, 1), jnp.int32)
+  call = gpu.Call(at == 0, None, None)
+  numbers = {'n': 2, 'page': PAGE, 'group': 'max', 'moments': True}
+  q, low = array[:, None, : K * G], cache.bounds()[0]
+  work = gpu.Scoring.of(q, low, cache.page_starts(), at[:, 0], call, **numbers)
+  joint = append_token.Joint(array, K)
+  with pytest.raises(ValueError, match="'moments', which are scored"):
+    cache.append_joint(joint, at, None, work)
+
+
 @pytest.mark.h100_aot
-@pytest.mark.parametrize('looseness', (0.0, 0.7))
+@pytest.mark.parametrize(
+  'decode, logical',
+  (
+    (LServeDecode(), 16),
+    (LServeDecode(looseness=0.7), 16),
+    (LServeDecode(scorer='moments'), 16),
+    (LServeDecode(scorer='moments', group='sum'), 4),
+  ),
+)
 @pytest.mark.parametrize('bits', (16, pytest.param(8, marks=pytest.mark.long)))
-def test_a_list_is_two_launches_with_the_append(bits, looseness, monkeypatch):
+def test_a_list_is_two_launches_with_the_append(
+  bits, decode, logical, monkeypatch
+):
   """On the shape of Llama 3 8B at 128K."""
   monkeypatch.setattr(dispatch, '_order', lambda: ('gpu', 'xla'))
-  config = TwoWayPaged(profile='alternate', bits=bits)
-  decode = LServeDecode(looseness=looseness)
+  config = TwoWayPaged(
+    profile='alternate', bits=bits, stats=decode.scorer, logical_page=logical
+  )
   shape = CacheShape(1, 8, 128, 2**17, 'bfloat16')
 
   def call(cache, choice, array, q, positions, count):
     held = reuse.Held(choice.slots, choice.newest, choice.age)
     rules, newest = decode._rules(cache), positions[:, 0]
-    low, high = cache.bounds()
+    low, high = jax.tree.leaves(cache.stats)
     work = reuse.scoring(
       q, low, cache.starts, newest, count[:, None] > 0, count, held,
       rules=rules, unscored=cache.ring,
