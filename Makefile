@@ -24,9 +24,8 @@ empty :=
 comma := ,
 joined = $(subst $(empty) $(empty),$(comma),$(sort $1))
 
-# pip compiles nothing: of the 53 s of CPU time that it took for test and tpu,
-# 20 were spent on bytecode, mostly of what is never imported. The first import
-# writes it, so it must be allowed to.
+# pip compiles nothing: most bytecode is of what is never imported. The first
+# import writes it, so it must be allowed to.
 export PYTHONDONTWRITEBYTECODE :=
 PYTEST := $(PY) -m pytest -n 2 --dist loadgroup --durations=20
 

@@ -104,15 +104,11 @@ def get_config(arg=''):
     keep = {name: config.methods[name] for name in ('dense', sparse)}
     config.methods = common.table(keep)
     config.methods[sparse].decode.budget = 320
-  if other:
-    config.methods = common.table(
-      {
-        k if k == 'dense' else k + other: v.to_dict()
-        for k, v in config.methods.items()
-      }
-    )
-  if arg.bits < 16:
-    config.methods = common.table(
-      {f'{k}, int{arg.bits}': v.to_dict() for k, v in config.methods.items()}
-    )
+  of_all = f', int{arg.bits}' if arg.bits < 16 else ''
+  config.methods = common.table(
+    {
+      name + ('' if name == 'dense' else other) + of_all: method.to_dict()
+      for name, method in config.methods.items()
+    }
+  )
   return config

@@ -1,8 +1,7 @@
 """Flags of XLA's CPU compiler by which tests, and processes they start, run."""
 
 # A program's code in one piece: by default it is cut into up to 32, for as many
-# threads, and each piece is optimised with its own copy of what it calls. Of 13
-# conformance tests (quest, lserve) this was a sixth of the CPU time (jax
+# threads, and each piece is optimised with its own copy of what it calls (jax
 # 0.11.2).
 ONE_PIECE = '--xla_cpu_parallel_codegen_split_count=1'
 

@@ -72,7 +72,9 @@ class Calibration(NamedTuple):
 
   def distance(self, q: np.ndarray) -> np.ndarray:
     """Mean squared deviation of q [... H] in standard deviations."""
-    return np.mean(((q - self.centre) / self.spread) ** 2, axis=-1)
+    x = q - self.centre
+    x /= self.spread
+    return np.einsum('...h,...h->...', x, x) / q.shape[-1]
 
   @classmethod
   def together(cls, heads: 'list[Calibration]') -> 'Calibration':
@@ -81,9 +83,7 @@ class Calibration(NamedTuple):
 
   def far(self, q: np.ndarray) -> np.ndarray:
     """Bool [K M]: which of q [K M H] are unlike those of their kv head."""
-    x = q - self.centre
-    x /= self.spread
-    return np.einsum('kmh,kmh->km', x, x) > q.shape[2] * self.limit
+    return self.distance(q) > self.limit
 
 
 class Step:

@@ -288,7 +288,8 @@ class LServeDecode(Decode):
   def measured_as(self) -> str:
     """The method's name in measured rows; '': none has these numbers."""
     same = all(getattr(self, name) == x for name, x in MEASURED.items())
-    return 'lserve' if same else ''
+    # Rows of before there was a looseness have none.
+    return 'lserve' if same and not self.looseness else ''
 
   def at_full_budget(self, length: int) -> 'LServeDecode':
     return dataclasses.replace(self, budget=2 * length + 4096)

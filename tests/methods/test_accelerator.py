@@ -6,8 +6,7 @@ bundled model reads text and is asked for a needle in it: attention that was
 trained has few near ties, as flat attention of random weights has. A choice
 between what is nearly equal may still fall the other way: where logits differ
 by more than 1 in 100, they must differ by no more than the CPU's own do when
-its weights are rounded otherwise (dense keeps 0.998 of 1 then, TokenSelect
-0.975 with two of four seeds).
+its weights are rounded otherwise.
 """
 
 import functools

@@ -103,7 +103,8 @@ def test_the_measured_numbers_are_those_of_the_policys_rows():
   decode = methods.get_method('lserve').decode
   assert decode.crossover == policy.AS_MEASURED
   assert decode.measured_as == 'lserve'
-  for name, number in (('budget', 2048), ('reuse', 8), ('group', 'sum')):
+  others = ('budget', 2048), ('reuse', 8), ('group', 'sum'), ('looseness', 0.7)
+  for name, number in others:
     assert dataclasses.replace(decode, **{name: number}).measured_as == ''
   said = ', '.join(f'{name}={x!r}' for name, x in lserve.MEASURED.items())
   found = [e for e in policy.load().entries if e.method == 'lserve']
